@@ -1,0 +1,176 @@
+"""Micro-batches whose order is a pure function of (seed, data fingerprint, sample number).
+
+The train stream is read as a ring of T tokens. Epoch e cuts it into W = (T - 1) // (L - 1) windows of L = ``seq_len``
+tokens that overlap by one token, since a window predicts all its tokens but the first. The cut begins at another token
+and the windows come in another order in each epoch. Global sample i is window i mod W of epoch i // W.
+"""
+
+import hashlib
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tnl.data.permutation import permute
+from tnl.data.shards import ShardSet
+from tnl.errors import ConfigError, DataError
+
+# The label that the loss ignores (torch.nn.functional.cross_entropy's default).
+IGNORED = -100
+
+
+class Windows:
+    """Global sample i of ``shards``: a window of ``seq_len`` tokens, as a function of (seed, fingerprint, i) alone."""
+
+    def __init__(self, shards: ShardSet, seq_len: int, seed: int) -> None:
+        """Raises `ConfigError` for ``seq_len`` < 2 and `DataError` when ``shards`` do not fill one window."""
+        if seq_len < 2:
+            raise ConfigError(f"train.seq_len: {seq_len} predicts no token; set it to at least 2")
+        if shards.num_tokens < seq_len:
+            raise DataError(
+                f"{shards.folder}: {shards.num_tokens} tokens in split {shards.split} do not fill one window of "
+                f"train.seq_len {seq_len}; give more text or a smaller train.seq_len"
+            )
+        self.shards, self.seq_len = shards, seq_len
+        self.num_windows = (shards.num_tokens - 1) // (seq_len - 1)
+        self._key = f"{seed}:{shards.fingerprint}"
+
+    def start(self, sample: int) -> int:
+        """Stream position of the first token of ``sample``."""
+        epoch, i_window = divmod(sample, self.num_windows)
+        key = hashlib.sha256(f"{self._key}:{epoch}".encode()).digest()
+        offset = int.from_bytes(key, "little") % self.shards.num_tokens
+        window = permute(i_window, self.num_windows, key)
+        return (offset + window * (self.seq_len - 1)) % self.shards.num_tokens
+
+    def tokens(self, sample: int) -> np.ndarray:
+        """Ids of ``sample``, [seq_len] of the shards' dtype."""
+        return np.concatenate([self.shards.tokens(*part) for part in self._parts(self.start(sample))])
+
+    def document_starts(self, sample: int) -> np.ndarray:
+        """Ascending positions within ``sample`` at which a document starts, int64 [n]."""
+        found, before = [], 0
+        for start, stop in self._parts(self.start(sample)):
+            found.append(self.shards.document_starts(start, stop) - start + before)
+            before += stop - start
+        return np.concatenate(found)
+
+    def _parts(self, start: int) -> list[tuple[int, int]]:
+        """The one or two ranges of the stream that the window at ``start`` covers; its beginning follows its end."""
+        stop = start + self.seq_len
+        beyond = stop - self.shards.num_tokens
+        return [(start, stop)] if beyond <= 0 else [(start, self.shards.num_tokens), (0, beyond)]
+
+
+class _MicroBatches(Dataset):
+    """Micro-batch m of one rank, counted from the first step of training."""
+
+    def __init__(
+        self, windows: Windows, micro_batch: int, per_step: int, rank: int, world_size: int, packing: bool
+    ) -> None:
+        self._windows, self._micro_batch, self._per_step = windows, micro_batch, per_step
+        self._rank, self._world_size, self._packing = rank, world_size, packing
+
+    def __getitem__(self, m: int) -> dict[str, torch.Tensor | None]:
+        step, i_micro = divmod(m, self._per_step)
+        first = ((step * self._world_size + self._rank) * self._per_step + i_micro) * self._micro_batch
+        samples = range(first, first + self._micro_batch)
+        tokens = np.stack([self._windows.tokens(i) for i in samples]).astype(np.int64)  # [micro_batch, seq_len]
+        sample_ids = torch.arange(samples.start, samples.stop)
+        if not self._packing:
+            input_ids = torch.from_numpy(tokens)
+            return {"input_ids": input_ids, "labels": input_ids.clone(), "cu_seqlens": None, "sample_ids": sample_ids}
+        seq_len = self._windows.seq_len
+        bounds = [np.arange(0, tokens.size + 1, seq_len)]
+        bounds += [self._windows.document_starts(i) + j * seq_len for j, i in enumerate(samples)]
+        cu_seqlens = np.unique(np.concatenate(bounds))
+        input_ids = torch.from_numpy(tokens.reshape(1, -1))  # [1, micro_batch * seq_len]
+        labels = input_ids.clone()
+        labels[0, cu_seqlens[:-1]] = IGNORED
+        cu_seqlens = torch.from_numpy(cu_seqlens.astype(np.int32))
+        return {"input_ids": input_ids, "labels": labels, "cu_seqlens": cu_seqlens, "sample_ids": sample_ids}
+
+
+class TrainLoader:
+    """The micro-batches of rank ``rank`` of ``world_size``.
+
+    Step s consumes the global samples s * global_batch up to (s + 1) * global_batch; a rank takes a contiguous slice
+    of them and cuts it into micro-batches of ``micro_batch`` windows. So neither the number of ranks, nor the
+    micro-batch, nor the number of workers, nor a restart changes which tokens a step sees, or their order.
+
+    A micro-batch is a dict of CPU tensors. With N segments (``packing``):
+      input_ids   int64 [1, micro_batch * seq_len]
+      labels      the same; -100 at the first token of each segment, for the model predicts labels[t + 1] at position t
+      cu_seqlens  int32 [N + 1], segment bounds from 0: a segment starts at each window and at each document
+      sample_ids  int64 [micro_batch], global samples
+    Without ``packing`` input_ids and labels are [micro_batch, seq_len] and equal, cu_seqlens is None, and a window is
+    one text.
+
+    Attributes: ``num_windows`` (samples per epoch), ``fingerprint`` (hex, of the data), ``micro_batches_per_step``.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        """Raises `ConfigError` when the batch sizes do not divide, `DataError` when the data do not fill one window."""
+        if micro_batch < 1 or global_batch < 1:
+            raise ConfigError(
+                f"train.global_batch_size: {global_batch} and train.micro_batch_size: {micro_batch} must be at least 1"
+            )
+        if global_batch % (micro_batch * world_size):
+            raise ConfigError(
+                f"train.global_batch_size: {global_batch} is not a multiple of train.micro_batch_size {micro_batch} "
+                f"times {world_size} processes; set it to a multiple of {micro_batch * world_size}"
+            )
+        assert 0 <= rank < world_size
+        self._windows = Windows(shards, seq_len, seed)
+        self._global_batch, self._num_workers = global_batch, num_workers
+        self.num_windows, self.fingerprint = self._windows.num_windows, shards.fingerprint
+        self.micro_batches_per_step = global_batch // (micro_batch * world_size)
+        self._micro_batches = _MicroBatches(
+            self._windows, micro_batch, self.micro_batches_per_step, rank, world_size, packing
+        )
+
+    def steps(self, start_step: int, end_step: int) -> Iterator[list[dict[str, torch.Tensor | None]]]:
+        """The micro-batches of each step in ``[start_step, end_step)``: one list per step."""
+        per_step = self.micro_batches_per_step
+        loader = DataLoader(
+            self._micro_batches,
+            sampler=range(start_step * per_step, end_step * per_step),
+            batch_size=None,
+            num_workers=self._num_workers,
+            worker_init_fn=_leave_signals_to_the_loop,
+            # The loader draws a seed for its workers; from here, it does not advance torch's global generator.
+            generator=torch.Generator(),
+        )
+        step = []
+        for micro_batch in loader:
+            step.append(micro_batch)
+            if len(step) == per_step:
+                yield step
+                step = []
+
+    def windows_consumed(self, start_step: int, end_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What all ranks together consume in steps ``[start_step, end_step)``, in order: one window at a time.
+
+        Yields ids [seq_len] and the positions, int64 [n], at which a document starts in them.
+        """
+        for sample in range(start_step * self._global_batch, end_step * self._global_batch):
+            yield self._windows.tokens(sample), self._windows.document_starts(sample)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group, but the loop still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,100 @@
+"""Settings of data preparation (`tnl data prepare`) and of the training data section."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tnl.settings import Settings
+
+
+class UserSource(Settings):
+    """What every source of the user's own data shares.
+
+    ``on_bad: skip`` counts malformed records and goes on, until more than ``max_bad_fraction`` of all records are bad.
+    ``max_bytes`` keeps about that much UTF-8 text, chosen by content hash and not by position.
+    """
+
+    on_bad: Literal["error", "skip"] = "error"
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_document_bytes: Annotated[int, Field(gt=0)] = 2**26
+
+
+class TextSource(UserSource):
+    """A text file, or all files with one of ``suffixes`` below a folder; one document each."""
+
+    kind: Literal["text"]
+    path: str
+    suffixes: Annotated[list[str], Field(min_length=1, default_factory=lambda: [".txt", ".md"])]
+
+
+class JsonlSource(UserSource):
+    """A JSON Lines file, or all ``*.jsonl`` files below a folder; one document per line."""
+
+    kind: Literal["jsonl"]
+    path: str
+    text_field: str = "text"
+
+
+class DatasetSource(UserSource):
+    """A dataset of the Hugging Face hub, or a local folder that the `datasets` library reads."""
+
+    kind: Literal["dataset"]
+    path: str
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    text_field: str = "text"
+
+
+class StdlibSource(Settings):
+    """The sources of this Python's standard library, a corpus on every machine; files not in UTF-8 are skipped."""
+
+    kind: Literal["stdlib"]
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
+Source = Annotated[TextSource | JsonlSource | DatasetSource | StdlibSource, Field(discriminator="kind")]
+
+
+class TokenizerSettings(Settings):
+    """``model``, a sentencepiece file, or ``vocab_size`` to train one on ``sample_bytes`` of the train split."""
+
+    model: str | None = None
+    vocab_size: Annotated[int, Field(gt=0)] | None = None
+    sample_bytes: Annotated[int, Field(gt=0)] = 10_000_000
+    character_coverage: Annotated[float, Field(gt=0, le=1)] = 0.9995
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizerSettings":
+        if (self.model is None) == (self.vocab_size is None):
+            raise ValueError("give either model (a sentencepiece file) or vocab_size (to train one)")
+        return self
+
+
+class PrepareSettings(Settings):
+    """One complete preparation: source, tokenizer, output folder.
+
+    ``num_workers`` is the number of tokenizing threads, 0 for one per usable core; it does not change the result.
+    """
+
+    source: Source
+    tokenizer: TokenizerSettings
+    output: str
+    shard_tokens: Annotated[int, Field(gt=0)] = 2**26
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    add_bos: bool = True
+    add_eos: bool = True
+    seed: int = 0
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class DataSettings(Settings):
+    """The ``data`` section of a training run.
+
+    ``packing`` keeps documents apart (state and prediction restart at each); without it a window is one text.
+    """
+
+    shards: str
+    packing: bool = True
+    num_workers: Annotated[int, Field(ge=0)] = 0

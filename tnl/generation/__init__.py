@@ -1,0 +1,1 @@
+"""Text generation with a constant-size recurrent state."""

@@ -1,0 +1,267 @@
+"""TransNormerLLM as transformers classes, with the released checkpoints' parameter names."""
+
+from dataclasses import dataclass
+
+import torch
+from tnl_kernels import add_srmsnorm, srmsnorm
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from tnl.model.configuration import TransnormerConfig
+from tnl.model.loss import IGNORE_INDEX, linear_cross_entropy
+from tnl.model.mixers import ChannelMixer, Lrpe, TokenMixer
+from tnl.model.state import TransnormerState
+
+
+@dataclass
+class TransnormerCausalLMOutput(ModelOutput):
+    """Output of `TransnormerForCausalLM`.
+
+    Attributes:
+        loss: mean loss per labelled token in nats, 0 when no token is labelled.
+        loss_sum: its sum, fp32 scalar; ranks and micro-batches add up `loss_sum` and `num_tokens` to weight every token equally.
+        num_tokens: number of labelled tokens, int64 scalar.
+        logits: [B, T, vocabulary]; None when labels were given, unless ``output_logits``.
+        past_key_values: the `TransnormerState` after these tokens, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: TransnormerState | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class TransnormerDecoderLayer(GradientCheckpointingLayer):
+    """One block: ``x += token_mixer(srms(x)); x += channel_mixer(srms(x))``."""
+
+    def __init__(self, config: TransnormerConfig, layer: int):
+        super().__init__()
+        self.token_mixer = TokenMixer(config, layer)
+        self.channel_mixer = ChannelMixer(config)
+
+    def forward(self, x, positions, cu_seqlens, initial_state, output_final_state):
+        """x [B, T, D] -> (x [B, T, D], final state [N, H, K, V] or None)."""
+        mixed, state = self.token_mixer(srmsnorm(x), positions, cu_seqlens, initial_state, output_final_state)
+        y, x = add_srmsnorm(mixed, x)
+        return x + self.channel_mixer(y), state
+
+
+class TransnormerPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities common to the TNL classes."""
+
+    config_class = TransnormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransnormerDecoderLayer"]  # noqa: RUF012 - transformers' own declaration
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Lrpe) and not getattr(module.theta, "_is_hf_initialized", False):
+            num_heads, _, head_dim = module.theta.shape
+            index = torch.arange(num_heads * head_dim, dtype=torch.float32, device=module.theta.device)
+            theta = 10000.0 ** (-2.0 * index / (num_heads * head_dim))
+            module.theta.copy_(theta.view(num_heads, 1, head_dim))
+
+
+class TransnormerModel(TransnormerPreTrainedModel):
+    """Embedding, blocks and the final SRMSNorm."""
+
+    def __init__(self, config: TransnormerConfig):
+        super().__init__(config)
+        # No padding_idx: id 0 is <unk>, a token like any other, and the tied head trains its row.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.decoder_embed_dim)
+        self.embed_scale = 1.0 if config.no_scale_embedding else config.decoder_embed_dim**0.5
+        self.layers = nn.ModuleList(TransnormerDecoderLayer(config, i) for i in range(config.decoder_layers))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """The embedding layer, as transformers asks for it."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the embedding layer."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransnormerState | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: int64 [B, T]; or give ``inputs_embeds`` [B, T, D], unscaled.
+            attention_mask: [B, T] or [B, past + T], 0 marks padding on any side; padded positions return zeros.
+            past_key_values: state to continue from, updated in place.
+            cu_seqlens: int32 [N + 1] with B = 1: N packed sequences, each starting from its own state; [0, ..., T].
+            use_cache: whether to make and return a state; default the config's, and False in training.
+
+        Raises:
+            ValueError: ids and embeddings both or neither given, or a mask together with ``cu_seqlens``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        state = past_key_values if past_key_values is not None else TransnormerState() if use_cache else None
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x * self.embed_scale  # [B, T, D]
+        B, T, D = x.shape
+
+        kept = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -T:].bool()
+            if not mask.all():
+                if cu_seqlens is not None:
+                    raise ValueError("attention_mask and cu_seqlens both given: packed sequences have no padding")
+                # The real tokens are packed side by side, so that padding on any side neither decays nor enters a state.
+                kept = mask.flatten().nonzero().squeeze(1)
+                cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.int32), mask.sum(1).cumsum(0).int()])
+                x = x.flatten(0, 1).index_select(0, kept).unsqueeze(0)  # [1, tokens, D]
+
+        num_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        start = None if state is None else state.positions
+        if start is not None and len(start) != num_sequences:
+            raise ValueError(f"past_key_values holds {len(start)} sequences, the input has {num_sequences}")
+        positions = self._positions(x, cu_seqlens, start)
+        finals, hidden_states = [], (x,) if output_hidden_states else None
+        for i, layer in enumerate(self.layers):
+            x, final = layer(x, positions, cu_seqlens, None if state is None else state.layer(i), state is not None)
+            finals.append(final)
+            if output_hidden_states:
+                hidden_states += (x,)
+        x = srmsnorm(x)
+        if state is not None:
+            read = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
+            start = torch.zeros(num_sequences, dtype=torch.int64, device=x.device) if start is None else start
+            state.update(finals, start + read, T)
+        if kept is not None:
+            x = x.new_zeros(B * T, D).index_copy(0, kept, x[0]).view(B, T, D)
+        output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=state, hidden_states=hidden_states)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    @staticmethod
+    def _positions(x, cu_seqlens, start):
+        """Position of every token in its sequence: int64 [T], or [B, T] where sequences start differently."""
+        T = x.shape[1]
+        index = torch.arange(T, device=x.device)
+        if cu_seqlens is None:
+            return index if start is None else start.unsqueeze(1) + index
+        begins = cu_seqlens[:-1].long() if start is None else cu_seqlens[:-1].long() - start
+        return index - begins.repeat_interleave(cu_seqlens.diff().long(), output_size=T)
+
+
+class LanguageModelHead(nn.Linear):
+    """The output projection; with labels it returns the loss and never the logits.
+
+    The loss is made inside this module's own forward because ZeRO-3 gathers a parameter only for the module that owns it.
+    """
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None):
+        """hidden [..., D] -> logits [..., vocabulary]; with labels int64 [...] -> (loss sum, number of labelled tokens)."""
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten())
+
+
+class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
+    """The language model: `TransnormerModel` and a head tied to the embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own declaration
+
+    def __init__(self, config: TransnormerConfig):
+        super().__init__(config)
+        self.model = TransnormerModel(config)
+        self.lm_head = LanguageModelHead(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        """The head, as transformers asks for it."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = TransnormerState()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: TransnormerState | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TransnormerCausalLMOutput:
+        """Logits, or the loss when labels are given; arguments as in `TransnormerModel.forward`, and:
+
+        Args:
+            labels: int64 [B, T], -100 ignored; shifted inside: position t is asked for ``labels[t + 1]``. With ``cu_seqlens``, mark
+                the first token of every sequence -100, or its predecessor is asked to predict across the boundary.
+            shift_labels: int64 [B, T], already shifted: position t is asked for ``shift_labels[t]``; instead of ``labels``.
+            logits_to_keep: compute logits for the last so many positions only (0 = all), or for these indices.
+            output_logits: return logits next to the loss.
+
+        Raises:
+            ValueError: both kinds of labels given.
+        """
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        loss = loss_sum = num_tokens = logits = None
+        if labels is not None:
+            shift_labels = torch.full_like(labels, IGNORE_INDEX)
+            shift_labels[:, :-1] = labels[:, 1:]
+        if shift_labels is not None:
+            loss_sum, num_tokens = self.lm_head(hidden, shift_labels)
+            loss = loss_sum / num_tokens.clamp(min=1)
+        if shift_labels is None or output_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        result = TransnormerCausalLMOutput(
+            loss=loss,
+            loss_sum=loss_sum,
+            num_tokens=num_tokens,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if return_dict is None or return_dict else result.to_tuple()

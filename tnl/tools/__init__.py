@@ -1,0 +1,1 @@
+"""What stands beside the main path: reports, the quickstart."""

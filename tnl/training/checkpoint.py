@@ -1,0 +1,198 @@
+"""Saving and loading a DeepSpeed engine through the commit protocol, on all ranks together."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from safetensors.torch import load_file, save_file
+
+from tnl.errors import CannotWriteError, CheckpointError
+from tnl.training.commit import CheckpointStore, HashingWriter
+from tnl.training.engine import Ranks
+from tnl.training.faults import fault_point
+
+ENGINE_TAG = "engine"
+
+
+@dataclass
+class RunState:
+    """All that the loop must know after a restart besides weights, moments and random states."""
+
+    step: int = 0  # optimizer steps done, left-out ones included: the loader's position
+    tokens: int = 0  # tokens consumed
+    skipped_steps: int = 0  # left out because a gradient was not finite
+    consecutive_skipped: int = 0
+
+
+def safe_globals() -> list:
+    """Classes besides tensors that DeepSpeed's optimizer files hold; everything else is refused by the unpickler."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class CommittedFiles(TorchCheckpointEngine):
+    """The file layer that the DeepSpeed engine saves and loads through.
+
+    Saving hashes and flushes. A failing disk is remembered instead of raised, so that this rank still meets the others in DeepSpeed's
+    barriers; `save_checkpoint` then ends the save on all ranks. Loading compares with the manifest before it unpickles, and
+    unpickles tensors and the classes of `safe_globals` only.
+    """
+
+    def __init__(self, folder: Path, records: dict[str, dict] | None = None):
+        super().__init__()
+        self.folder = folder
+        self.records = {} if records is None else records
+        self.error: OSError | None = None
+
+    def save(self, state_dict, path: str):
+        """Write one file."""
+        try:
+            fault_point("ckpt.shard.pre")
+            with HashingWriter(Path(path)) as file:
+                torch.save(state_dict, file)
+            self.records[Path(path).relative_to(self.folder).as_posix()] = file.record()
+            fault_point("ckpt.shard.post")
+        except OSError as error:
+            self.error = error
+
+    def load(self, path: str, map_location=None):
+        """Read one file."""
+        relative = Path(path).relative_to(self.folder).as_posix()
+        if relative not in self.records:
+            raise CheckpointError(f"{path}: not in the manifest of the checkpoint")
+        CheckpointStore.verify_file(self.folder, relative, self.records[relative])
+        with torch.serialization.safe_globals(safe_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _random_state(device: torch.device) -> tuple[dict[str, torch.Tensor], dict]:
+    tensors = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    return tensors, {
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "python": [version, list(words), gauss_next],
+    }
+
+
+def _set_random_state(tensors: dict[str, torch.Tensor], other: dict) -> None:
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    name, keys, *rest = other["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, words, gauss_next = other["python"]
+    random.setstate((version, tuple(words), gauss_next))
+
+
+def save_checkpoint(engine, store: CheckpointStore, state: RunState, ranks: Ranks, fields: dict, keep: int) -> Path:
+    """Save on all ranks and commit on rank 0; every rank returns, or every rank raises.
+
+    Args:
+        fields: further JSON values for the manifest.
+        keep: newest checkpoints to keep.
+
+    Raises:
+        CannotWriteError: some rank could not write; earlier checkpoints are untouched.
+    """
+    temporary = store.root / (store.path(state.step).name + ".tmp")
+    problem = None
+    if ranks.is_main:
+        try:
+            store.begin(state.step)
+        except CannotWriteError as error:
+            problem = error
+    ranks.raise_together(problem)
+    files = CommittedFiles(temporary)
+    engine.checkpoint_engine = files
+    try:
+        engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False)
+        tensors, other = _random_state(ranks.device)
+        save_file(tensors, str(temporary / f"random_{ranks.rank:05d}.safetensors"))
+        (temporary / f"random_{ranks.rank:05d}.json").write_text(json.dumps(other))
+        (temporary / f"files_{ranks.rank:05d}.json").write_text(json.dumps(files.records))
+    except OSError as error:
+        files.error = files.error or error
+    if files.error is not None:
+        problem = store.cannot_write(temporary, files.error)
+    try:
+        ranks.raise_together(problem)
+    except CannotWriteError:
+        if ranks.is_main:
+            store.abandon(state.step)
+        raise
+    if ranks.is_main:
+        records = {}
+        for file in temporary.glob("files_*.json"):
+            records |= json.loads(file.read_text())
+        try:
+            store.commit(state.step, fields | {"run": asdict(state), "world_size": ranks.world_size}, records)
+            store.prune(keep)
+        except CannotWriteError as error:
+            problem = error
+    ranks.raise_together(problem)
+    return store.path(state.step)
+
+
+def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -> int | None:
+    """Step of the checkpoint to continue from, decided by rank 0 for all; None starts at step 0.
+
+    Args:
+        resume: ``auto`` takes the newest that verifies; a step number or ``step_NNNNNNNN`` takes that one.
+
+    Raises:
+        CheckpointError: nothing to resume from although there should be, or the chosen one does not verify.
+    """
+    step, problem = None, None
+    if ranks.is_main:
+        try:
+            if resume == "auto":
+                step = store.newest_valid(warn)
+            else:
+                step = _parse_tag(store, resume)
+                store.verify(step)
+        except CheckpointError as error:
+            problem = error
+    ranks.raise_together(problem)
+    (step,) = ranks.all_reduce([-1.0 if step is None else float(step)], op=dist.ReduceOp.MAX)
+    return None if step < 0 else int(step)
+
+
+def _parse_tag(store: CheckpointStore, resume: str) -> int:
+    digits = resume.removeprefix("step_")
+    if not digits.isdigit() or int(digits) not in store.steps():
+        known = ", ".join(map(str, store.steps())) or "none"
+        raise CheckpointError(f"--resume {resume}: no such checkpoint in {store.root}; steps there: {known}")
+    return int(digits)
+
+
+def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> tuple[RunState, dict]:
+    """Load engine and random states of a verified checkpoint; returns the loop's state and the manifest.
+
+    Raises:
+        CheckpointError: saved by another number of processes, or a file differs from the manifest.
+    """
+    manifest = store.manifest(step)
+    folder = store.path(step)
+    if manifest["world_size"] != ranks.world_size:
+        raise CheckpointError(
+            f"{folder}: saved by {manifest['world_size']} processes, this run has {ranks.world_size}; start as many, or "
+            "export the run and begin a new one from it"
+        )
+    engine.checkpoint_engine = CommittedFiles(folder, manifest["files"])
+    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found no engine state in it")
+    tensors = load_file(str(folder / f"random_{ranks.rank:05d}.safetensors"))
+    _set_random_state(tensors, json.loads((folder / f"random_{ranks.rank:05d}.json").read_text()))
+    return RunState(**manifest["run"]), manifest

@@ -1,0 +1,117 @@
+"""From a run's checkpoint to a transformers folder: safetensors, config, tokenizer. No pickle leaves the run folder."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tnl.errors import CannotWriteError, CheckpointError, ConfigError
+from tnl.training.commit import CheckpointStore
+from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, load_run_settings
+
+EXPORTS = "exports"
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether ``path`` is the output folder of a training run."""
+    return (path / CONFIG).is_file() and (path / CHECKPOINTS).is_dir()
+
+
+def export_run(run: Path, destination: Path, step: int | None = None, warn=print) -> Path:
+    """Write the fp32 weights of a checkpoint, the model's config and the tokenizer to ``destination``.
+
+    Args:
+        step: which checkpoint; default the newest that verifies.
+
+    Raises:
+        ConfigError: ``run`` is no run folder, or ``destination`` exists.
+        CheckpointError: no such checkpoint, or it is damaged.
+        CannotWriteError: the destination cannot be written; nothing is left there.
+    """
+    if not is_run_folder(run):
+        raise ConfigError(f"{run}: no run folder ({CONFIG} and {CHECKPOINTS}/ expected); give the output folder of tnl pretrain")
+    if destination.exists():
+        raise ConfigError(f"{destination}: exists already; choose another folder or remove it")
+    store = CheckpointStore(run / CHECKPOINTS)
+    if step is None:
+        step = store.newest_valid(warn)
+    elif step in store.steps():
+        store.verify(step)
+    else:
+        raise CheckpointError(f"{run}: no checkpoint of step {step}; steps there: {store.steps()}")
+    if step is None:
+        raise CheckpointError(f"{run}: no checkpoint yet; let the run reach checkpoint.every steps")
+    weights = _consolidate(store.path(step))
+    scratch = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.tmp-", dir=destination.parent))
+        scratch.chmod(0o755)
+        _write(run, weights, scratch)
+        os.rename(scratch, destination)
+    except OSError as error:
+        raise CannotWriteError(f"{destination}: {error.strerror or error}; free some space or choose another folder") from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return destination
+
+
+def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    from tnl.model import TransnormerForCausalLM
+
+    with torch.device("meta"):
+        model = TransnormerForCausalLM(load_run_settings(run).model.to_config(dtype="float32"))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)
+    model.save_pretrained(folder)
+    for file in (run / TOKENIZER).iterdir():
+        shutil.copyfile(file, folder / file.name)
+
+
+def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """fp32 weights of a checkpoint of any ZeRO stage and number of ranks."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from tnl.training.checkpoint import ENGINE_TAG, safe_globals
+
+    # DeepSpeed's converter unpickles anything; this makes torch refuse all but tensors and the named classes.
+    previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(safe_globals()):
+            if any((checkpoint / ENGINE_TAG).glob("*_optim_states.pt")):
+                return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+            (file,) = (checkpoint / ENGINE_TAG).glob("mp_rank_*_model_states.pt")
+            return {name: tensor.float() for name, tensor in torch.load(file, map_location="cpu")["module"].items()}
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if previous is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = previous
+
+
+def resolve_model(name: str, warn=print) -> str:
+    """What ``from_pretrained`` can load for ``name``: a model folder or hub name as it is, a run folder by its newest export.
+
+    Raises:
+        ConfigError: a folder that is neither.
+        CheckpointError, CannotWriteError: as `export_run`.
+    """
+    path = Path(name)
+    if not path.exists():
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            return name
+        raise ConfigError(f"{name}: no such folder; give a run folder, a model folder, or a hub name such as OpenNLPLab/TransNormerLLM-385M")
+    if is_run_folder(path):
+        store = CheckpointStore(path / CHECKPOINTS)
+        step = store.newest_valid(warn)
+        if step is None:
+            raise CheckpointError(f"{path}: no checkpoint yet; let the run reach checkpoint.every steps")
+        export = path / EXPORTS / store.path(step).name
+        return str(export if export.exists() else export_run(path, export, step, warn))
+    if (path / "config.json").is_file():
+        return name
+    raise ConfigError(f"{name}: neither a run folder nor a model folder (config.json expected)")

@@ -1,0 +1,43 @@
+"""One process at a time in a run folder."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from tnl.errors import CannotWriteError, RunInUseError
+
+
+class RunLock:
+    """Holds ``.lock`` in the run folder until closed or until the process ends; a killed run leaves nothing to clean up.
+
+    The file says who holds it. The lock is the system's own (flock), released by the kernel with the process.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open: the lock lives as long as it
+        except OSError as error:
+            raise CannotWriteError(f"{path}: {error.strerror}; choose another output folder") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "{}"
+            self._file.close()
+            raise RunInUseError(
+                f"{folder}: in use by another process {holder}; wait for it, stop it, or set another output folder"
+            ) from None
+        self._file.seek(0)
+        self._file.truncate()
+        started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self._file.close()

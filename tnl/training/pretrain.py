@@ -1,0 +1,254 @@
+"""The pretraining run, top to bottom."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tnl.data.loader import TrainLoader
+from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
+from tnl.data.tokenizer_export import export_tokenizer
+from tnl.errors import EXIT_INTERNAL, CheckpointError, DataError, NonFiniteError, UserError
+from tnl.evaluation.heldout import heldout_loss
+from tnl.model import TransnormerForCausalLM
+from tnl.model.flops import num_parameters, training_flops_per_token
+from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
+from tnl.training.commit import CheckpointStore
+from tnl.training.engine import Ranks, build_engine, init_ranks
+from tnl.training.faults import fault_point
+from tnl.training.hardware import peak_flops
+from tnl.training.lock import RunLock
+from tnl.training.metrics import MetricsWriter, finite_or_none
+from tnl.training.run_folder import CHECKPOINTS, TOKENIZER, config_hash, prepare_run_folder, versions
+from tnl.training.schedule import learning_rate
+from tnl.training.settings import PretrainSettings
+from tnl.training.status import write_status
+from tnl.training.stop import StopRequest
+
+
+def pretrain(
+    settings: PretrainSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+) -> str:
+    """Train until the last step, or until asked to stop.
+
+    Args:
+        resume: ``auto`` goes on from the newest valid checkpoint of the run folder, a step number from that one.
+        fresh: begin anew; an existing run folder is moved aside.
+        console: where rank 0 reports; default the standard output.
+
+    Returns:
+        ``finished`` or ``preempted`` (stopped on request, checkpoint saved: the same command goes on).
+
+    Raises:
+        UserError: see `tnl.errors`; each class has its exit code. On every rank of the run.
+    """
+    ranks = init_ranks()
+    console = console or Console()
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if ranks.is_main:
+            try:
+                if fresh:
+                    # The lock of the folder that is moved aside: a run in progress is not pulled from under its feet.
+                    RunLock(settings.output).close()
+                    prepare_run_folder(settings, fresh=True)
+                stack.callback(RunLock(settings.output).close)
+                prepare_run_folder(settings, fresh=False)
+            except UserError as error:
+                problem = error
+        ranks.raise_together(problem)
+        try:
+            return _run(settings, resume, ranks, console, stack)
+        except BaseException as error:
+            if ranks.is_main:
+                code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
+                write_status(settings.output, "failed", -1, settings.train.steps, exit_code=code, error=str(error))
+            raise
+
+
+def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console, stack: contextlib.ExitStack) -> str:
+    train, folder = settings.train, settings.output
+    shards, heldout, loader = _open_data(settings, ranks)
+    if ranks.is_main:
+        (folder / TOKENIZER).mkdir(exist_ok=True)
+        export_tokenizer(shards.folder / TOKENIZER_FILE, folder / TOKENIZER, add_bos=shards.index.add_bos)
+
+    store, state = CheckpointStore(folder / CHECKPOINTS), RunState()
+    step = choose_checkpoint(store, resume, ranks, warn=lambda text: console.print(f"warning: {text}", style="yellow"))
+    if step == train.steps:
+        if ranks.is_main:
+            console.print(f"{folder}: all {train.steps} steps are done, nothing to train", highlight=False)
+            write_status(folder, "finished", step, train.steps, exit_code=0)
+        return "finished"
+
+    torch.manual_seed(settings.seed)
+    model_config = settings.model.to_config()
+    engine = build_engine(settings, TransnormerForCausalLM(model_config), ranks)
+    if step is not None:
+        state, manifest = load_checkpoint(engine, store, step, ranks)
+        _check_same_data(manifest, loader, shards, store.path(step))
+    fields = {
+        "config_sha256": config_hash(settings),
+        "data_fingerprint": loader.fingerprint,
+        "tokenizer_sha256": shards.index.tokenizer_sha256,
+        "zero_stage": train.zero_stage,
+        "versions": versions(),
+    }
+
+    metrics, flops_per_second = None, None
+    if ranks.is_main:
+        flops_per_second, source = peak_flops(ranks.device, settings.logging.peak_tflops)
+        console.print(
+            f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of {train.global_batch_size} x "
+            f"{train.sequence_length} tokens, {ranks.world_size} process(es) on {ranks.device.type}, {train.precision}, "
+            f"ZeRO {train.zero_stage}" + (f", resumed at step {state.step}" if state.step else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        peak = "unknown" if flops_per_second is None else f"{flops_per_second / 1e12:.2f} TFLOP/s"
+        console.print(f"peak of one device: {peak} ({source})", highlight=False, soft_wrap=True)
+        metrics = MetricsWriter(
+            folder, settings.logging, train.steps, state.step, settings.model_dump(mode="json"), console
+        )
+        stack.callback(metrics.close)
+        write_status(folder, "running", state.step, train.steps)
+    stop = StopRequest(folder)
+    stack.callback(stop.close)
+    flops_per_token = training_flops_per_token(model_config)
+    tokens_per_step = train.global_batch_size * train.sequence_length
+
+    engine.train()
+    started = time.perf_counter()
+    for micro_batches in loader.steps(state.step, train.steps):
+        fault_point("step", step=state.step)
+        lr = learning_rate(settings.schedule, settings.optimizer.lr, state.step, train.steps)
+        loss, stopping = _train_step(engine, micro_batches, lr, ranks, stop, state.step)
+        applied = engine.was_step_applied()
+        state.step += 1
+        state.tokens += tokens_per_step
+        state.skipped_steps += not applied
+        state.consecutive_skipped = 0 if applied else state.consecutive_skipped + 1
+        if metrics:
+            elapsed = time.perf_counter() - started
+            rate = tokens_per_step / elapsed
+            tgs = rate / ranks.world_size
+            metrics.train(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "loss": finite_or_none(loss),
+                    "loss_bits": finite_or_none(loss / math.log(2)),
+                    "grad_norm": finite_or_none(float(engine.get_global_grad_norm())),
+                    "lr": lr,
+                    "tokens_per_s": rate,
+                    "tgs": tgs,
+                    "mfu": tgs * flops_per_token / flops_per_second if flops_per_second else None,
+                    "step_time_s": elapsed,
+                    "skipped": not applied,
+                }
+            )
+        if state.consecutive_skipped > train.max_skipped_steps:
+            raise NonFiniteError(
+                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; lower optimizer.lr, "
+                f"lengthen schedule.warmup_steps, or resume from an earlier step with --resume (saved: {store.steps()})"
+            )
+
+        last = state.step == train.steps
+        if last or (settings.evaluation.every and state.step % settings.evaluation.every == 0):
+            _evaluate(settings, engine, heldout, state, ranks, metrics)
+        if last or stopping or state.step % settings.checkpoint.every == 0:
+            path = save_checkpoint(engine, store, state, ranks, fields, settings.checkpoint.keep)
+            if metrics:
+                metrics.message(f"step {state.step}: saved {path}")
+                write_status(folder, "running", state.step, train.steps)
+        if stopping and not last:
+            if metrics:
+                metrics.message(f"stopped on request ({stop.reason or 'another rank'}); the same command goes on")
+                write_status(folder, "preempted", state.step, train.steps)
+            return "preempted"
+        started = time.perf_counter()
+    if metrics:
+        write_status(folder, "finished", state.step, train.steps, exit_code=0)
+    return "finished"
+
+
+def _train_step(engine, micro_batches, lr, ranks: Ranks, stop: StopRequest, step: int) -> tuple[float, bool]:
+    """One optimizer step; returns the mean loss of the global batch in nats, and whether any rank was asked to stop.
+
+    Every token of the global batch weighs the same: the sums of the micro-batches are divided by the number of labelled tokens
+    on all ranks, and multiplied by the world size because the engine averages gradients over ranks.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    labelled = sum((batch["labels"][:, 1:] >= 0).sum().item() for batch in micro_batches)
+    labelled, stopping = ranks.all_reduce([float(labelled), float(stop.requested())])
+    loss_sum = torch.zeros((), device=ranks.device)
+    for batch in micro_batches:
+        tensors = {
+            name: value.to(ranks.device, non_blocking=True)
+            for name, value in batch.items()
+            if name in ("input_ids", "labels", "cu_seqlens") and value is not None
+        }
+        output = engine(**tensors, use_cache=False)
+        loss = output.loss_sum * (ranks.world_size / max(1.0, labelled))
+        if fault_point("loss", step=step) == "nan":
+            loss = loss * float("nan")
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()  # updates after the last micro-batch only
+        loss_sum += output.loss_sum.detach()
+    (total,) = ranks.all_reduce([loss_sum.item()])
+    return total / max(1.0, labelled), stopping > 0
+
+
+def _open_data(settings: PretrainSettings, ranks: Ranks) -> tuple[ShardSet, ShardSet | None, TrainLoader]:
+    shards = ShardSet.open(Path(settings.data.shards), "train")
+    check_vocabulary(shards, settings.model.vocab_size)
+    heldout = ShardSet.open(Path(settings.data.shards), "heldout") if shards.index.splits["heldout"] else None
+    loader = TrainLoader(
+        shards,
+        seq_len=settings.train.sequence_length,
+        global_batch=settings.train.global_batch_size,
+        micro_batch=settings.train.micro_batch_size,
+        seed=settings.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        packing=settings.data.packing,
+        num_workers=settings.data.num_workers,
+    )
+    return shards, heldout, loader
+
+
+def _check_same_data(manifest: dict, loader: TrainLoader, shards: ShardSet, checkpoint: Path) -> None:
+    if manifest["tokenizer_sha256"] != shards.index.tokenizer_sha256:
+        raise DataError(
+            f"{checkpoint}: trained with the tokenizer {manifest['tokenizer_sha256'][:12]}, data.shards has "
+            f"{shards.index.tokenizer_sha256[:12]}; point data.shards to the shards that this run began with"
+        )
+    if manifest["data_fingerprint"] != loader.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has {loader.fingerprint[:12]}; "
+            "point data.shards to the shards that this run began with, or begin a new run in another output folder"
+        )
+
+
+def _evaluate(settings, engine, heldout: ShardSet | None, state: RunState, ranks: Ranks, metrics) -> None:
+    if heldout is None:
+        return
+    window = settings.train.sequence_length
+    length = window * max(1, 4096 // window)
+    result = heldout_loss(
+        engine,
+        heldout,
+        device=ranks.device,
+        max_tokens=settings.evaluation.max_tokens,
+        length=length,
+        window=window,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        all_reduce=ranks.all_reduce,
+    )
+    if metrics:
+        metrics.evaluation({"step": state.step, "tokens": state.tokens, **result.row()})

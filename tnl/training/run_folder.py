@@ -1,0 +1,95 @@
+"""The run folder: what stands in it, and whether it belongs to the configuration that asks for it."""
+
+import hashlib
+import importlib.metadata
+import time
+from pathlib import Path
+
+from tnl import config
+from tnl.errors import CannotWriteError, ConfigError
+from tnl.training.commit import write_atomically
+from tnl.training.settings import PretrainSettings
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+# Keys that may differ between the starts of one run: they change neither weights nor the order of the data.
+FREE_KEYS = ("output", "data.shards", "data.num_workers", "checkpoint.", "evaluation.", "logging.")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def config_hash(settings: PretrainSettings) -> str:
+    """SHA-256 of the part of the configuration that decides the trajectory of the run."""
+    flat = _flat(settings.model_dump(mode="json"))
+    bound = {key: value for key, value in flat.items() if not key.startswith(FREE_KEYS)}
+    return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
+
+
+def prepare_run_folder(settings: PretrainSettings, *, fresh: bool) -> None:
+    """Make the run folder, or check that it holds a run of this configuration.
+
+    Args:
+        fresh: move an existing folder aside (``NAME.old-TIME``) and begin a new run.
+
+    Raises:
+        ConfigError: the folder belongs to another configuration (the differing keys are listed), or is not a run folder.
+        CannotWriteError: it cannot be made.
+    """
+    folder = settings.output
+    effective = folder / CONFIG
+    try:
+        if fresh and folder.exists():
+            folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+        if effective.exists():
+            _check_same_run(settings, effective)
+        elif folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise ConfigError(f"{folder}: exists and is no run folder; set another output, or move it away")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(effective, config.dump(settings))
+    except OSError as error:
+        raise CannotWriteError(f"{folder}: {error.strerror}; choose another output folder") from None
+
+
+def _check_same_run(settings: PretrainSettings, effective: Path) -> None:
+    old = _flat(config.read_yaml(effective))
+    new = _flat(config.read_yaml_text(config.dump(settings)))
+    differing = [
+        f"  {key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{effective.parent}: holds a run with another configuration; set another output, undo the change, or begin a new "
+            "run here with --fresh (the old folder is kept)\n" + "\n".join(differing)
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    names = ("transnormer-llm", "torch", "triton", "deepspeed", "transformers", "sentencepiece", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def load_run_settings(folder: Path) -> PretrainSettings:
+    """The effective configuration of a run folder.
+
+    Raises:
+        ConfigError: there is none, or it is not valid.
+    """
+    return config.load(PretrainSettings, folder / CONFIG)
