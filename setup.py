@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 PRESETS = ["tnl.presets"] + [
-    "tnl.presets." + ".".join(p.relative_to(ROOT / "configs").parts) for p in (ROOT / "configs").rglob("*") if p.is_dir()
+    "tnl.presets." + ".".join(p.relative_to(ROOT / "configs").parts)
+    for p in (ROOT / "configs").rglob("*")
+    if p.is_dir()
 ]
 
 setup(

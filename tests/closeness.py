@@ -7,7 +7,8 @@ RATIO = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, ratio: float | None = None) -> None:
-    """Assert ``rms(actual - expected) <= ratio * rms(expected)``, equal shapes, dtype of ``actual`` kept, and finite values.
+    """Assert ``rms(actual - expected) <= ratio * rms(expected)``, equal shapes, dtype of ``actual`` kept, and finite
+    values.
 
     ``expected`` may have a higher precision than ``actual``. ``ratio`` defaults to `RATIO` of ``actual``'s dtype.
     """
@@ -16,4 +17,6 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, ratio:
     ratio = RATIO[actual.dtype] if ratio is None else ratio
     error = (actual.double() - expected.double()).square().mean().sqrt() if actual.numel() else torch.tensor(0.0)
     scale = expected.double().square().mean().sqrt() if expected.numel() else torch.tensor(0.0)
-    assert error <= ratio * scale + 1e-30, f"{name}: relative RMS error {(error / scale).item():.3e} exceeds {ratio:.1e}"
+    assert error <= ratio * scale + 1e-30, (
+        f"{name}: relative RMS error {(error / scale).item():.3e} exceeds {ratio:.1e}"
+    )

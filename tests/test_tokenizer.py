@@ -93,6 +93,15 @@ def test_batches_and_threads_do_not_change_the_ids(model):
     assert tokenizer.encode_batch([]) == []
 
 
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(model, monkeypatch):
+    draw = random.Random(2)
+    texts = ["".join(draw.choices(PARTS, k=60)) for _ in range(100)]
+    whole = Tokenizer(model).encode_batch(texts)
+    for length in (0, 1, 7, 50):
+        monkeypatch.setattr("tnl.data.tokenizer._PART_CHARACTERS", length)
+        assert Tokenizer(model).encode_batch(texts) == whole
+
+
 def test_the_export_sets_its_special_tokens_and_pads_with_unk(exported, fast):
     assert {file.name for file in exported.iterdir()} == {*EXPORTED_FILES, "trained.model"}
     assert (fast.bos_token_id, fast.eos_token_id, fast.unk_token_id, fast.pad_token_id) == (1, 2, 0, 0)

@@ -1,6 +1,7 @@
 """TransNormerLLM training framework.
 
-Importing this package registers the model with transformers the first time that ``tnl.model`` is needed: ``AutoConfig`` and
+Importing this package registers the model with transformers the first time that ``tnl.model`` is needed:
+``AutoConfig`` and
 ``AutoModelForCausalLM`` then load ``model_type: transnormer`` without remote code.
 """
 

@@ -1,4 +1,5 @@
-"""The ``tnl`` command: one short function per subcommand. Heavy imports happen inside them, so that ``tnl --help`` is quick."""
+"""The ``tnl`` command: one short function per subcommand. Heavy imports happen inside them, so that ``tnl "
+"--help`` is quick."""
 
 import sys
 import traceback
@@ -15,7 +16,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Train, evaluate and run TransNormerLLM, the language model on lightning attention.",
-    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 70 internal error, 73 cannot write, 75 stopped with a "
+    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 70 internal error, 73 cannot write, 75 "
+    "stopped with a "
     "checkpoint saved, 76 diverged, 77 checkpoint damaged or incompatible, 78 run folder in use.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
@@ -62,7 +64,9 @@ def data_prepare(
 def pretrain(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")
+    ] = "auto",
     fresh: Annotated[bool, typer.Option(help="Begin anew; an existing run folder is moved aside.")] = False,
 ) -> None:
     """Pretrain from one YAML; the same command goes on where it stopped.

@@ -17,14 +17,16 @@ from tnl.settings import Settings
 
 MAX_FILE_BYTES = 1_000_000
 MAX_NODES = 20_000
-# A key file, not a configuration, is the place of a secret: the effective configuration is copied beside every checkpoint.
+# A key file, not a configuration, is the place of a secret: the effective configuration is copied beside every
+# checkpoint.
 SECRET = re.compile(r"(api_?key|secret|password|access_token|auth_token)$", re.IGNORECASE)
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and expanding aliases, and reads 1e-4 as a number (YAML 1.1 reads it as text)."""
+    """SafeLoader that refuses duplicate keys and expanding aliases, and reads 1e-4 as a number (YAML 1.1 reads it as
+    text)."""
 
     def __init__(self, stream):
         super().__init__(stream)
@@ -57,7 +59,8 @@ _Loader.add_implicit_resolver(
 
 
 def find_config(name: str | Path, folder: str = "") -> Path:
-    """Path of a configuration file: as given, or a name under the shipped ``configs`` (``pretrain/quickstart``, ``tnl-1b``).
+    """Path of a configuration file: as given, or a name under the shipped ``configs`` (``pretrain/quickstart``,
+    ``tnl-1b``).
 
     Raises:
         ConfigError: there is no such file; the shipped names are listed.
@@ -77,7 +80,7 @@ def find_config(name: str | Path, folder: str = "") -> Path:
 
 def read_yaml_text(text: str):
     """The value of YAML text; raises ``yaml.YAMLError``."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> dict:
@@ -141,7 +144,8 @@ def _tags(section: type[BaseModel]) -> tuple:
 
 
 def _locate(model: type[BaseModel], location: tuple) -> tuple[type[BaseModel] | None, list[str]]:
-    """The section that holds the last part of an error's location, and the dotted path without pydantic's union tags."""
+    """The section that holds the last part of an error's location, and the dotted path without pydantic's union tags.
+    The section that holds the last part of an error's location, and the dotted path without pydantic's union tags."""
     section, path, options = model, [], []
     for part in location:
         tagged = [o for o in options if part in _tags(o)]

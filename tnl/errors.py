@@ -1,7 +1,7 @@
 """Errors that a user can cure, each with the process exit code that the command line ends with.
 
-Every class is a ``ValueError``: the text is one message that names the file or key at fault and the cure. Defects of our own are
-``assert`` statements and end with `EXIT_INTERNAL`.
+Every class is a ``ValueError``: the text is one message that names the file or key at fault and the cure. Defects of
+our own are ``assert`` statements and end with `EXIT_INTERNAL`.
 """
 
 EXIT_OK = 0  # finished all steps

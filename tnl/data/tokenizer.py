@@ -27,6 +27,10 @@ _IDS_PER_BREAK = 64
 _LINE = re.compile(r"(?:\n+ *)?[^\n]{1,1000}")
 _MAX_LINE_BYTES = 2**16
 
+# A longer text is encoded in parts: sentencepiece needs about 40 bytes of memory per character of one text.
+_PART_CHARACTERS = 2**18
+_LINE_END = re.compile(r"(?<=[^\n])\n")
+
 # Texts that a lossy model (space stripping, Unicode normalization, no byte fallback) does not give back.
 _LOSSLESS_PROBES = ("  two\tspaces \n\n    end ", "\uff21\u00e9e\u0301 \u4e2d\u6587 \U0001f600\U0010ffff")
 
@@ -112,6 +116,8 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{name}: has no <s> or no </s> piece; train the model with both")
         pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+        # No merge crosses the end of a line when no piece does: then the parts have the ids of the whole.
+        self._has_line_parts = not any(_LINE_END.search(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
         self._mark_ids = [self._processor.piece_to_id(piece) for piece in pieces]
         for probe in _LOSSLESS_PROBES:
             if self.decode(self.encode(probe)) != probe:
@@ -135,20 +141,27 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """Ids of each text, by ``num_threads`` threads; the result does not depend on their number."""
-        marked = [text for text in texts if SPACE_MARK in text]
-        if not marked:
-            return self._processor.encode(list(texts), num_threads=num_threads)
         # The mark itself goes around sentencepiece as its three bytes, so that it does not come back as a space.
-        parts = [text.split(SPACE_MARK) for text in texts]
-        encoded = iter(self._processor.encode([part for split in parts for part in split], num_threads=num_threads))
+        split = [[self._parts(section) for section in text.split(SPACE_MARK)] for text in texts]
+        flat = [part for sections in split for section in sections for part in section]
+        encoded = iter(self._processor.encode(flat, num_threads=num_threads))
         batch = []
-        for split in parts:
-            ids = next(encoded)
-            for _ in split[1:]:
-                ids += self._mark_ids
-                ids += next(encoded)
+        for sections in split:
+            ids = []
+            for i, section in enumerate(sections):
+                ids += self._mark_ids if i else []
+                for _ in section:
+                    ids += next(encoded)
             batch.append(ids)
         return batch
+
+    def _parts(self, text: str) -> list[str]:
+        """``text`` cut before ends of lines such that the ids stay the same."""
+        parts, start = [], 0
+        while self._has_line_parts and (found := _LINE_END.search(text, start + _PART_CHARACTERS)):
+            parts.append(text[start : found.start()])
+            start = found.start()
+        return [*parts, text[start:]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bos and eos give nothing, bytes that are not UTF-8 give U+FFFD."""

@@ -37,14 +37,13 @@ def evaluate_shards(
     check_vocabulary(shards, model.config.vocab_size)
     length = 4096 if window is None else window * max(1, 4096 // window)
     started = time.perf_counter()
-    result = heldout_loss(
-        model, shards, device=model.device, max_tokens=max_tokens, length=length, window=window
-    )
+    result = heldout_loss(model, shards, device=model.device, max_tokens=max_tokens, length=length, window=window)
     seconds = time.perf_counter() - started
     per_byte = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits/byte"
     context = "whole documents" if window is None else f"windows of {window} tokens"
     report(
-        f"{model_name} on {data} ({split}, {context}): {result.loss:.4f} nats, {result.bits_per_token:.4f} bits/token{per_byte}; "
+        f"{model_name} on {data} ({split}, {context}): {result.loss:.4f} nats, {result.bits_per_token:.4f} "
+        f"bits/token{per_byte}; "
         f"{result.num_predicted:,} tokens predicted in {seconds:.1f} s"
     )
     if json_file is not None:
@@ -66,6 +65,7 @@ def _check_tokenizer(model_name: str, shards: ShardSet) -> None:
     model_hash = file_sha256(Path(found))
     if model_hash != shards.index.tokenizer_sha256:
         raise DataError(
-            f"{shards.folder}: tokenized by {shards.index.tokenizer_sha256[:12]}, the tokenizer of {model_name} is {model_hash[:12]}; "
+            f"{shards.folder}: tokenized by {shards.index.tokenizer_sha256[:12]}, the tokenizer of {model_name} is "
+            f"{model_hash[:12]}; "
             "prepare the text again with tokenizer.model set to the model's"
         )

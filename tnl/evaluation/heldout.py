@@ -59,8 +59,8 @@ def segments(shards: ShardSet, num_tokens: int, length: int, window: int | None)
     """Cut the first ``num_tokens`` tokens of a split into segments of ``length`` tokens.
 
     Args:
-        window: restart the context every so many tokens, as training windows do; None carries the state through each document.
-            ``length`` must be a multiple of it.
+        window: restart the context every so many tokens, as training windows do; None carries the state through each
+            document. ``length`` must be a multiple of it.
     """
     for start in range(0, num_tokens, length):
         stop = min(start + length, num_tokens)
@@ -110,9 +110,10 @@ def heldout_loss(
     Args:
         model: `TransnormerForCausalLM`, or a DeepSpeed engine around one.
         max_tokens: read the first so many tokens only.
-        window: restart the context every so many tokens; None gives every document its full context, in constant memory.
-        rank, world_size: read every ``world_size``-th segment; needs ``window``. All ranks make equally many forward passes, because
-            under ZeRO-3 each of them is a collective.
+        window: restart the context every so many tokens; None gives every document its full context, in constant
+            memory.
+        rank, world_size: read every ``world_size``-th segment; needs ``window``. All ranks make equally many forward
+            passes, because under ZeRO-3 each of them is a collective.
         all_reduce: sums a list over the ranks.
     """
     assert world_size == 1 or window is not None

@@ -15,7 +15,8 @@ class TransnormerConfig(PreTrainedConfig):
         decoder_attention_heads: number of heads H (alias ``num_attention_heads``); must divide ``hidden_dim``.
         hidden_dim: total width of the heads, H * head_dim; None means ``decoder_embed_dim``.
         glu_dim: hidden width F of the gated linear unit (alias ``intermediate_size``).
-        linear_use_lrpe_list: 1 for each layer that rotates q and k by LRPE, 0 otherwise; shorter lists mean 0 for the rest.
+        linear_use_lrpe_list: 1 for each layer that rotates q and k by LRPE, 0 otherwise; shorter lists mean 0 for
+            the rest.
         linear_act_fun: activation of q and k, ``silu`` or its other name ``swish``, or ``none``.
         decay: ``released`` (what the checkpoints compute), ``paper`` (arXiv 2307.14995 Eq. 10) or ``none``.
         no_scale_embedding: False multiplies the embeddings by sqrt(D).
@@ -63,7 +64,9 @@ class TransnormerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         problems = []
         if self.hidden_dim % self.decoder_attention_heads:
-            problems.append(f"decoder_attention_heads: {self.decoder_attention_heads} does not divide {self.hidden_dim}")
+            problems.append(
+                f"decoder_attention_heads: {self.decoder_attention_heads} does not divide {self.hidden_dim}"
+            )
         if self.norm_type != "simplermsnorm":
             problems.append(f"norm_type: {self.norm_type!r} is unknown, use simplermsnorm")
         if self.linear_act_fun not in ("silu", "swish", "none"):

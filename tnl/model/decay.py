@@ -1,7 +1,8 @@
 """The fixed decay of every head: slopes as Python floats, and as an fp32 tensor where they are used.
 
-Slopes never live in a parameter, a buffer or a tensor attribute: meta-device construction, ``from_pretrained(dtype=...)``,
-``zero.Init`` and bf16 engines would each leave them uninitialised or rounded (bf16 slopes destroy the decay of the slow heads).
+Slopes never live in a parameter, a buffer or a tensor attribute: meta-device construction,
+``from_pretrained(dtype=...)``, ``zero.Init`` and bf16 engines would each leave them uninitialised or rounded (bf16
+slopes destroy the decay of the slow heads).
 """
 
 import math
@@ -13,8 +14,8 @@ DECAYS = ("released", "paper", "none")
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """ALiBi slopes (arXiv 2108.12409): ``2^(-8(h+1)/H)``; for H not a power of two, the slopes of the power of two below, then
-    every other slope of the power of two above."""
+    """ALiBi slopes (arXiv 2108.12409): ``2^(-8(h+1)/H)``; for H not a power of two, the slopes of the power of two
+    below, then every other slope of the power of two above."""
     if num_heads & (num_heads - 1) == 0:
         return [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
     below = 2 ** int(math.log2(num_heads))
@@ -24,7 +25,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 def decay_slopes(decay: str, num_heads: int, layer: int, num_layers: int) -> tuple[float, ...]:
     """Slopes [H] of one layer; head h keeps ``lambda = exp(-slope)`` of its state per token.
 
-    ``released``: ALiBi slope times ``1 - l/(L-1) + 1e-5`` (1 for a single layer), as the released checkpoints compute it.
+    ``released``: ALiBi slope times ``1 - l/(L-1) + 1e-5`` (1 for a single layer), as the released checkpoints
+        compute it.
     ``paper``: ``(8h/H)(1 - l/L)``, arXiv 2307.14995 Eq. (10). ``none``: zeros.
 
     Raises:

@@ -19,10 +19,11 @@ def num_parameters(config: TransnormerConfig) -> int:
 def training_flops_per_token(config: TransnormerConfig) -> int:
     """Floating-point operations of the forward and backward pass per token, a multiply-add counted as two.
 
-    Each matmul weight costs 6. Linear attention is counted as its recurrence, which is what the mathematics needs: per head 2 K V for
-    the state update and 2 K V for the output, three times over for the backward pass; LRPE doubles K. The extra products that a
-    chunked implementation makes inside its chunks, and recomputation under gradient checkpointing, are not counted, so the number
-    does not depend on the implementation or on the sequence length.
+    Each matmul weight costs 6. Linear attention is counted as its recurrence, which is what the mathematics needs:
+    per head 2 K V for the state update and 2 K V for the output, three times over for the backward pass; LRPE
+    doubles K. The extra products that a chunked implementation makes inside its chunks, and recomputation under
+    gradient checkpointing, are not counted, so the number does not depend on the implementation or on the sequence
+    length.
     """
     K = config.head_dim
     per_layer = 4 * config.decoder_attention_heads * K * K

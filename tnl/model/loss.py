@@ -9,7 +9,8 @@ CHUNK_ELEMENTS = 2**21
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made together with the loss, chunk by chunk, so that the logits [N, vocabulary] never exist as a whole."""
+    """The gradients are made together with the loss, chunk by chunk, so that the logits [N, vocabulary] never exist
+    as a whole."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -61,6 +62,7 @@ def linear_cross_entropy(
         labels: int64 [N]; `IGNORE_INDEX` (-100) marks rows without a label.
 
     Returns:
-        The loss sum, fp32 scalar with gradients to ``hidden`` and ``weight``, and the number of labelled rows, int64 scalar.
+        The loss sum, fp32 scalar with gradients to ``hidden`` and ``weight``, and the number of labelled rows, int64
+        scalar.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels), (labels != IGNORE_INDEX).sum()

@@ -2,7 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_packed, lightning_attention_step, lrpe, sglu
+from tnl_kernels import (
+    gated_srmsnorm,
+    lightning_attention,
+    lightning_attention_packed,
+    lightning_attention_step,
+    lrpe,
+    sglu,
+)
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
@@ -42,7 +49,7 @@ class TokenMixer(nn.Module):
         output_final_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
-        B, T, _ = x.shape
+        T = x.shape[1]
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
         slopes = slopes_tensor(self.slopes, x.device)
         one_step = T == 1 and cu_seqlens is None and initial_state is not None and not torch.is_grad_enabled()

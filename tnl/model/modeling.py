@@ -22,7 +22,8 @@ class TransnormerCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: mean loss per labelled token in nats, 0 when no token is labelled.
-        loss_sum: its sum, fp32 scalar; ranks and micro-batches add up `loss_sum` and `num_tokens` to weight every token equally.
+        loss_sum: its sum, fp32 scalar; ranks and micro-batches add up `loss_sum` and `num_tokens` to weight every
+            token equally.
         num_tokens: number of labelled tokens, int64 scalar.
         logits: [B, T, vocabulary]; None when labels were given, unless ``output_logits``.
         past_key_values: the `TransnormerState` after these tokens, when asked for.
@@ -128,7 +129,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             if not mask.all():
                 if cu_seqlens is not None:
                     raise ValueError("attention_mask and cu_seqlens both given: packed sequences have no padding")
-                # The real tokens are packed side by side, so that padding on any side neither decays nor enters a state.
+                # The real tokens are packed side by side, so that padding on any side neither decays nor enters a
+                # state.
                 kept = mask.flatten().nonzero().squeeze(1)
                 cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.int32), mask.sum(1).cumsum(0).int()])
                 x = x.flatten(0, 1).index_select(0, kept).unsqueeze(0)  # [1, tokens, D]
@@ -168,11 +170,13 @@ class TransnormerModel(TransnormerPreTrainedModel):
 class LanguageModelHead(nn.Linear):
     """The output projection; with labels it returns the loss and never the logits.
 
-    The loss is made inside this module's own forward because ZeRO-3 gathers a parameter only for the module that owns it.
+    The loss is made inside this module's own forward because ZeRO-3 gathers a parameter only for the module that
+    owns it.
     """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None):
-        """hidden [..., D] -> logits [..., vocabulary]; with labels int64 [...] -> (loss sum, number of labelled tokens)."""
+        """hidden [..., D] -> logits [..., vocabulary]; with labels int64 [...] -> (loss sum, number of labelled
+        tokens)."""
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten())
@@ -225,9 +229,11 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         """Logits, or the loss when labels are given; arguments as in `TransnormerModel.forward`, and:
 
         Args:
-            labels: int64 [B, T], -100 ignored; shifted inside: position t is asked for ``labels[t + 1]``. With ``cu_seqlens``, mark
-                the first token of every sequence -100, or its predecessor is asked to predict across the boundary.
-            shift_labels: int64 [B, T], already shifted: position t is asked for ``shift_labels[t]``; instead of ``labels``.
+            labels: int64 [B, T], -100 ignored; shifted inside: position t is asked for ``labels[t + 1]``. With
+                ``cu_seqlens``, mark the first token of every sequence -100, or its predecessor is asked to predict
+                across the boundary.
+            shift_labels: int64 [B, T], already shifted: position t is asked for ``shift_labels[t]``; instead of
+                ``labels``.
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for these indices.
             output_logits: return logits next to the loss.
 

@@ -12,11 +12,13 @@ FORMAT = "transnormer_state_v1"
 class TransnormerState:
     """The recurrent state of a batch of N sequences; its size does not depend on how many tokens were read.
 
-    Passed to the model as ``past_key_values``, updated in place by it (like every transformers cache) and returned. A new object is
-    empty and takes its shape from the first forward pass. To continue one prefix in two ways, `fork` it first.
+    Passed to the model as ``past_key_values``, updated in place by it (like every transformers cache) and returned.
+    A new object is empty and takes its shape from the first forward pass. To continue one prefix in two ways, `fork`
+    it first.
 
     Attributes:
-        layers: one fp32 tensor [N, H, K, V] per layer (K doubled where the layer uses LRPE); None before the first token.
+        layers: one fp32 tensor [N, H, K, V] per layer (K doubled where the layer uses LRPE); None before the first
+            token.
         positions: int64 [N], the number of tokens that each sequence has read, padding not counted.
         length: number of columns read, padding included.
     """

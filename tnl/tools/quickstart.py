@@ -1,4 +1,5 @@
-"""The main job on one machine: text -> tokenizer -> shards -> pretraining -> evaluation -> three continuations -> summary."""
+"""The main job on one machine: text -> tokenizer -> shards -> pretraining -> evaluation -> three continuations ->
+summary."""
 
 import json
 import math
@@ -21,7 +22,7 @@ PROMPT_WORDS = 6
 SUMMARY = "summary.txt"
 
 
-class Stopped(UserError):
+class StoppedError(UserError):
     """The training was asked to stop before its last step."""
 
     exit_code = EXIT_PREEMPTED
@@ -52,7 +53,7 @@ def quickstart(*, text: Path | None, dataset: str | None, folder: Path, config: 
     from tnl.training.pretrain import pretrain
 
     if pretrain(settings) == "preempted":
-        raise Stopped(f"{settings.output}: stopped before the last step; start the same command again to go on")
+        raise StoppedError(f"{settings.output}: stopped before the last step; start the same command again to go on")
 
     print("3/5 evaluation", flush=True)
     from tnl.evaluation.command import evaluate_shards
@@ -97,7 +98,8 @@ def _prepare_settings(source: dict, settings) -> PrepareSettings:
 
 
 def _ngram_losses(settings, shards_folder: Path, heldout: ShardSet) -> dict[int, float]:
-    """Nats per token of n-gram models counted on the windows that the run consumed, on what the model was evaluated on."""
+    """Nats per token of n-gram models counted on the windows that the run consumed, on what the model was evaluated
+    on."""
     from tnl.evaluation.ngram import evaluate_ngrams
 
     train = settings.train
@@ -154,6 +156,10 @@ def _summary(settings, result, ngrams: dict[int, float], rate: float, plots: Pat
         ("", f"tnl evaluate {run} --data {shards_folder} --window 256"),
         ("", f"tnl export {run} my-model"),
     ]
-    figures = {"tnl": result.row(), "ngrams": {str(order): loss for order, loss in ngrams.items()}, "tokens_per_s": rate}
+    figures = {
+        "tnl": result.row(),
+        "ngrams": {str(order): loss for order, loss in ngrams.items()},
+        "tokens_per_s": rate,
+    }
     (run / "summary.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return format_rows("TransNormerLLM quickstart", rows)

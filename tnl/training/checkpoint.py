@@ -41,9 +41,9 @@ def safe_globals() -> list:
 class CommittedFiles(TorchCheckpointEngine):
     """The file layer that the DeepSpeed engine saves and loads through.
 
-    Saving hashes and flushes. A failing disk is remembered instead of raised, so that this rank still meets the others in DeepSpeed's
-    barriers; `save_checkpoint` then ends the save on all ranks. Loading compares with the manifest before it unpickles, and
-    unpickles tensors and the classes of `safe_globals` only.
+    Saving hashes and flushes. A failing disk is remembered instead of raised, so that this rank still meets the
+    others in DeepSpeed's barriers; `save_checkpoint` then ends the save on all ranks. Loading compares with the
+    manifest before it unpickles, and unpickles tensors and the classes of `safe_globals` only.
     """
 
     def __init__(self, folder: Path, records: dict[str, dict] | None = None):
@@ -186,7 +186,8 @@ def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> 
     folder = store.path(step)
     if manifest["world_size"] != ranks.world_size:
         raise CheckpointError(
-            f"{folder}: saved by {manifest['world_size']} processes, this run has {ranks.world_size}; start as many, or "
+            f"{folder}: saved by {manifest['world_size']} processes, this run has {ranks.world_size}; start as "
+            "many, or "
             "export the run and begin a new one from it"
         )
     engine.checkpoint_engine = CommittedFiles(folder, manifest["files"])

@@ -1,8 +1,8 @@
 """The commit protocol of checkpoints: what a kill at any moment, a full disk or a flipped byte cannot break.
 
-A checkpoint is a folder ``step_NNNNNNNN``. It is written under the name ``step_NNNNNNNN.tmp``, every file flushed to disk and hashed
-while it is written; the manifest with sizes and SHA-256 hashes comes last; one rename makes the checkpoint exist. A folder without a
-manifest that verifies is not a checkpoint. Nothing here knows about DeepSpeed.
+A checkpoint is a folder ``step_NNNNNNNN``. It is written under the name ``step_NNNNNNNN.tmp``, every file flushed to
+disk and hashed while it is written; the manifest with sizes and SHA-256 hashes comes last; one rename makes the
+checkpoint exist. A folder without a manifest that verifies is not a checkpoint. Nothing here knows about DeepSpeed.
 """
 
 import hashlib
@@ -52,7 +52,8 @@ def sha256_of(path: Path) -> str:
 
 
 class HashingWriter:
-    """A file opened for writing that counts and hashes its bytes on the way, and is on disk once closed without an error."""
+    """A file opened for writing that counts and hashes its bytes on the way, and is on disk once closed without an
+    error."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -145,7 +146,8 @@ class CheckpointStore:
 
         Args:
             fields: what the manifest says of the run; JSON values.
-            records: ``{relative path: record}`` of files hashed while they were written; all others are read and hashed now.
+            records: ``{relative path: record}`` of files hashed while they were written; all others are read and
+                hashed now.
 
         Raises:
             CannotWriteError: the disk refused; the temporary folder is gone, older checkpoints are untouched.
@@ -247,11 +249,13 @@ class CheckpointStore:
             return step
         if failures:
             raise CheckpointError(
-                f"{self.root}: no checkpoint is intact ({failures[0]}); start again with --fresh, which keeps the old folder"
+                f"{self.root}: no checkpoint is intact ({failures[0]}); start again with --fresh, which keeps the "
+                "old folder"
             )
         if (self.root / "latest").exists():
             raise CheckpointError(
-                f"{self.root}: 'latest' names {(self.root / 'latest').read_text(errors='replace').strip()!r:.80}, and no folder there "
+                f"{self.root}: 'latest' names {(self.root / 'latest').read_text(errors='replace').strip()!r:.80}, "
+                "and no folder there "
                 "is a complete checkpoint; restore it, or start again with --fresh, which keeps the old folder"
             )
         return None
@@ -275,6 +279,7 @@ class CheckpointStore:
     def cannot_write(path: Path, error: OSError) -> CannotWriteError:
         """The error to raise where the disk refused ``path``."""
         return CannotWriteError(
-            f"{path}: the checkpoint could not be written ({error.strerror or error}); free some space or make the folder "
+            f"{path}: the checkpoint could not be written ({error.strerror or error}); free some space or make the "
+            "folder "
             "writable, then start the same command again: earlier checkpoints are intact"
         )

@@ -6,9 +6,14 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+# DeepSpeed looks for an accelerator when it is imported, and warns where it finds none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
 
 from tnl.errors import ConfigError, UserError
 from tnl.training.optimizer import build_optimizer
@@ -77,7 +82,8 @@ def init_ranks() -> Ranks:
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"LOCAL_RANK: {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+                f"LOCAL_RANK: {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start fewer "
+                "processes"
             )
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():

@@ -31,7 +31,9 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
         CannotWriteError: the destination cannot be written; nothing is left there.
     """
     if not is_run_folder(run):
-        raise ConfigError(f"{run}: no run folder ({CONFIG} and {CHECKPOINTS}/ expected); give the output folder of tnl pretrain")
+        raise ConfigError(
+            f"{run}: no run folder ({CONFIG} and {CHECKPOINTS}/ expected); give the output folder of tnl pretrain"
+        )
     if destination.exists():
         raise ConfigError(f"{destination}: exists already; choose another folder or remove it")
     store = CheckpointStore(run / CHECKPOINTS)
@@ -52,7 +54,9 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
         _write(run, weights, scratch)
         os.rename(scratch, destination)
     except OSError as error:
-        raise CannotWriteError(f"{destination}: {error.strerror or error}; free some space or choose another folder") from None
+        raise CannotWriteError(
+            f"{destination}: {error.strerror or error}; free some space or choose another folder"
+        ) from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -94,7 +98,8 @@ def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def resolve_model(name: str, warn=print) -> str:
-    """What ``from_pretrained`` can load for ``name``: a model folder or hub name as it is, a run folder by its newest export.
+    """What ``from_pretrained`` can load for ``name``: a model folder or hub name as it is, a run folder by its
+    newest export.
 
     Raises:
         ConfigError: a folder that is neither.
@@ -104,7 +109,10 @@ def resolve_model(name: str, warn=print) -> str:
     if not path.exists():
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
             return name
-        raise ConfigError(f"{name}: no such folder; give a run folder, a model folder, or a hub name such as OpenNLPLab/TransNormerLLM-385M")
+        raise ConfigError(
+            f"{name}: no such folder; give a run folder, a model folder, or a hub name such as "
+            "OpenNLPLab/TransNormerLLM-385M"
+        )
     if is_run_folder(path):
         store = CheckpointStore(path / CHECKPOINTS)
         step = store.newest_valid(warn)

@@ -1,7 +1,7 @@
 """Planned faults for the tests: what happens when a run is killed, or its disk fails, at a named point.
 
-Nothing happens unless both ``TNL_TESTING=1`` and ``TNL_FAULT=point[:step=N][:rank=R]:action=A`` are set. Actions: ``kill9``,
-``enospc``, ``nan`` (for points that return a value to spoil).
+Nothing happens unless both ``TNL_TESTING=1`` and ``TNL_FAULT=point[:step=N][:rank=R]:action=A`` are set. Actions:
+``kill9``, ``enospc``, ``nan`` (for points that return a value to spoil).
 """
 
 import errno

@@ -22,8 +22,8 @@ PEAK_BF16_TFLOPS = {
 def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float | None, str]:
     """Peak FLOP/s of one device, and where the figure is from.
 
-    ``given_tflops`` first, then the data sheet of a known GPU. The figure of a CPU is measured by one matrix product, on the
-    threads that this process has. An unknown GPU has none: MFU is then not reported.
+    ``given_tflops`` first, then the data sheet of a known GPU. The figure of a CPU is measured by one matrix
+    product, on the threads that this process has. An unknown GPU has none: MFU is then not reported.
     """
     if given_tflops:
         return given_tflops * 1e12, "logging.peak_tflops"

@@ -11,7 +11,8 @@ from tnl.errors import CannotWriteError, RunInUseError
 
 
 class RunLock:
-    """Holds ``.lock`` in the run folder until closed or until the process ends; a killed run leaves nothing to clean up.
+    """Holds ``.lock`` in the run folder until closed or until the process ends; a killed run leaves nothing to clean
+    up.
 
     The file says who holds it. The lock is the system's own (flock), released by the kernel with the process.
     """

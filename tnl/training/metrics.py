@@ -85,14 +85,17 @@ class MetricsWriter:
             self._progress.update(self._task, completed=step, text=text)
         elif step % self._settings.print_every == 0 or step == self._total:
             left = (self._total - step) * sum(self._recent) / len(self._recent)
-            self._console.print(f"step {step}/{self._total}  {text}  {_duration(left)} left", highlight=False)
+            self._console.print(
+                f"step {step}/{self._total}  {text}  {_duration(left)} left", highlight=False, soft_wrap=True
+            )
 
     def evaluation(self, row: dict) -> None:
         """Record a held-out evaluation."""
         self._write({"kind": "evaluation", "time": time.time(), **row})
         per_byte = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits/byte"
         self.message(
-            f"step {row['step']}: held-out loss {row['loss']:.4f} nats, {row['bits_per_token']:.4f} bits/token{per_byte}"
+            f"step {row['step']}: held-out loss {row['loss']:.4f} nats, {row['bits_per_token']:.4f} "
+            f"bits/token{per_byte}"
         )
 
     def message(self, text: str) -> None:

@@ -18,7 +18,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips by the global norm and leaves out a step whose norm is not finite.
 
-    ZeRO's optimizers do this themselves; at stage 0 DeepSpeed runs the plain optimizer, and reads the two attributes from it.
+    ZeRO's optimizers do this themselves; at stage 0 DeepSpeed runs the plain optimizer, and reads the two attributes
+    from it.
 
     Attributes:
         overflow: whether the last step was left out.

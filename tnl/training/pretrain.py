@@ -102,8 +102,10 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
     if ranks.is_main:
         flops_per_second, source = peak_flops(ranks.device, settings.logging.peak_tflops)
         console.print(
-            f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of {train.global_batch_size} x "
-            f"{train.sequence_length} tokens, {ranks.world_size} process(es) on {ranks.device.type}, {train.precision}, "
+            f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of "
+            f"{train.global_batch_size} x "
+            f"{train.sequence_length} tokens, {ranks.world_size} process(es) on {ranks.device.type}, "
+            f"{train.precision}, "
             f"ZeRO {train.zero_stage}" + (f", resumed at step {state.step}" if state.step else ""),
             highlight=False,
             soft_wrap=True,
@@ -152,7 +154,8 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
             )
         if state.consecutive_skipped > train.max_skipped_steps:
             raise NonFiniteError(
-                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; lower optimizer.lr, "
+                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; lower "
+                "optimizer.lr, "
                 f"lengthen schedule.warmup_steps, or resume from an earlier step with --resume (saved: {store.steps()})"
             )
 
@@ -178,8 +181,8 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
 def _train_step(engine, micro_batches, lr, ranks: Ranks, stop: StopRequest, step: int) -> tuple[float, bool]:
     """One optimizer step; returns the mean loss of the global batch in nats, and whether any rank was asked to stop.
 
-    Every token of the global batch weighs the same: the sums of the micro-batches are divided by the number of labelled tokens
-    on all ranks, and multiplied by the world size because the engine averages gradients over ranks.
+    Every token of the global batch weighs the same: the sums of the micro-batches are divided by the number of
+    labelled tokens on all ranks, and multiplied by the world size because the engine averages gradients over ranks.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -229,7 +232,8 @@ def _check_same_data(manifest: dict, loader: TrainLoader, shards: ShardSet, chec
         )
     if manifest["data_fingerprint"] != loader.fingerprint:
         raise CheckpointError(
-            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has {loader.fingerprint[:12]}; "
+            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has "
+            f"{loader.fingerprint[:12]}; "
             "point data.shards to the shards that this run began with, or begin a new run in another output folder"
         )
 

@@ -41,7 +41,8 @@ def prepare_run_folder(settings: PretrainSettings, *, fresh: bool) -> None:
         fresh: move an existing folder aside (``NAME.old-TIME``) and begin a new run.
 
     Raises:
-        ConfigError: the folder belongs to another configuration (the differing keys are listed), or is not a run folder.
+        ConfigError: the folder belongs to another configuration (the differing keys are listed), or is not a run
+            folder.
         CannotWriteError: it cannot be made.
     """
     folder = settings.output
@@ -69,7 +70,8 @@ def _check_same_run(settings: PretrainSettings, effective: Path) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"{effective.parent}: holds a run with another configuration; set another output, undo the change, or begin a new "
+            f"{effective.parent}: holds a run with another configuration; set another output, undo the change, or "
+            "begin a new "
             "run here with --fresh (the old folder is kept)\n" + "\n".join(differing)
         )
 

@@ -8,9 +8,9 @@ from tnl.training.settings import ScheduleSettings
 def learning_rate(schedule: ScheduleSettings, peak: float, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step ``step`` (0-based) of ``total_steps``.
 
-    Warm-up rises linearly and reaches the peak at its last step. After it: ``cosine`` falls to ``min_lr_ratio`` at the last step;
-    ``wsd`` stays, then falls linearly over the last ``decay_steps``; ``constant`` stays; ``inverse_sqrt`` falls as
-    ``sqrt(warmup / step)``.
+    Warm-up rises linearly and reaches the peak at its last step. After it: ``cosine`` falls to ``min_lr_ratio`` at
+    the last step; ``wsd`` stays, then falls linearly over the last ``decay_steps``; ``constant`` stays;
+    ``inverse_sqrt`` falls as ``sqrt(warmup / step)``.
     """
     warmup = schedule.warmup_steps
     if step < warmup:

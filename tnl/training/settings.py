@@ -43,7 +43,8 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self):
         if self.precision == "bf16" and self.zero_stage < 2:
-            # Stage 0 accumulates gradients in bf16, stage 1 ends with a bare assertion on a non-finite or zero gradient norm.
+            # Stage 0 accumulates gradients in bf16, stage 1 ends with a bare assertion on a non-finite or zero
+            # gradient norm.
             raise ValueError(
                 f"zero_stage: DeepSpeed trains bf16 with fp32 accumulation and skipped steps at stage 2 or 3, got "
                 f"{self.zero_stage}; set zero_stage: 2, which costs nothing on one GPU"
@@ -71,10 +72,16 @@ class OptimizerSettings(Settings):
 class ScheduleSettings(Settings):
     """Learning rate as a function of the step."""
 
-    name: Literal["cosine", "wsd", "constant", "inverse_sqrt"] = Field(default="cosine", description="shape after warm-up")
+    name: Literal["cosine", "wsd", "constant", "inverse_sqrt"] = Field(
+        default="cosine", description="shape after warm-up"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
-    decay_steps: int | None = Field(default=None, ge=1, description="last steps in which wsd decays; default a fifth of the run")
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="final learning rate over the peak, for cosine and wsd")
+    decay_steps: int | None = Field(
+        default=None, ge=1, description="last steps in which wsd decays; default a fifth of the run"
+    )
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="final learning rate over the peak, for cosine and wsd"
+    )
 
 
 class CheckpointSettings(Settings):
@@ -94,10 +101,14 @@ class EvaluationSettings(Settings):
 class LoggingSettings(Settings):
     """What is reported where; metrics.jsonl in the run folder is always written."""
 
-    print_every: int = Field(default=10, ge=1, description="steps between lines where there is no terminal to draw a bar in")
+    print_every: int = Field(
+        default=10, ge=1, description="steps between lines where there is no terminal to draw a bar in"
+    )
     wandb: Literal["disabled", "online", "offline"] = Field(default="disabled", description="Weights & Biases mode")
     wandb_project: str = Field(default="tnl", description="Weights & Biases project")
-    peak_tflops: float | None = Field(default=None, gt=0, description="dense TFLOP/s of one device, for MFU; default by device")
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="dense TFLOP/s of one device, for MFU; default by device"
+    )
 
 
 class PretrainSettings(Settings):

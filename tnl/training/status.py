@@ -1,4 +1,5 @@
-"""``run_status.json``: how the run stands, for people and for launchers that lose exit codes (torchrun turns every code into 1)."""
+"""``run_status.json``: how the run stands, for people and for launchers that lose exit codes (torchrun turns every
+code into 1)."""
 
 import json
 import time
@@ -10,7 +11,8 @@ FILE = "run_status.json"
 
 
 def write_status(folder: Path, state: str, step: int, total_steps: int, **more) -> None:
-    """Record ``state`` (running, finished, preempted or failed) atomically, with an ``exit_code`` where the process ends."""
+    """Record ``state`` (running, finished, preempted or failed) atomically, with an ``exit_code`` where the process
+    ends."""
     status = {"state": state, "step": step, "total_steps": total_steps, "time": time.time(), **more}
     write_atomically(folder / FILE, json.dumps(status, indent=1) + "\n")
 
