@@ -1,5 +1,7 @@
-"""The ``tnl`` command: one short function per subcommand. Heavy imports happen inside them, so that ``tnl "
-"--help`` is quick."""
+"""The ``tnl`` command: one short function per subcommand.
+
+Heavy imports happen inside them, so that ``tnl --help`` is quick.
+"""
 
 import sys
 import traceback
@@ -16,9 +18,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Train, evaluate and run TransNormerLLM, the language model on lightning attention.",
-    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 70 internal error, 73 cannot write, 75 "
-    "stopped with a "
-    "checkpoint saved, 76 diverged, 77 checkpoint damaged or incompatible, 78 run folder in use.",
+    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 70 internal error, 73 cannot write, "
+    "75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or incompatible, 78 run folder in use, "
+    "130 interrupted.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
@@ -213,15 +215,15 @@ def quickstart(
 
 
 def main() -> None:
-    """Run a command; end with one message and a documented exit code when something is wrong."""
+    """Run a command; end with one message and a documented exit code when something is wrong.
+
+    Usage errors (2) and the interrupt key (130) are typer's.
+    """
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception:  # a defect of ours: say where
         traceback.print_exc()
         print("internal error: please report the lines above", file=sys.stderr)

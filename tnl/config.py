@@ -3,102 +3,75 @@
 Order of precedence: default < model preset < YAML < ``section.key=value`` on the command line.
 """
 
-import difflib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from tnl.errors import ConfigError
+from tnl.errors import ConfigError, did_you_mean, plain_name
+from tnl.plain_yaml import MAX_DEPTH, SHOWN_CHARACTERS, read_yaml, read_yaml_text, show, write_yaml_text
 from tnl.settings import Settings
 
-MAX_FILE_BYTES = 1_000_000
-MAX_NODES = 20_000
-# A key file, not a configuration, is the place of a secret: the effective configuration is copied beside every
+# The environment, not a configuration, is the place of a secret: the effective configuration is copied beside every
 # checkpoint.
-SECRET = re.compile(r"(api_?key|secret|password|access_token|auth_token)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"((api|access|auth|private|secret)[-_]?key|secret|passw(or)?d|passphrase|credentials?|(^|[-_])token)$",
+    re.IGNORECASE,
+)
+# How the text of our own checks begins when it names the key at fault.
+KEY_FIRST = re.compile(r"[\w.]+: ")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and expanding aliases, and reads 1e-4 as a number (YAML 1.1 reads it as
-    text)."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.num_nodes = 0
-
-    def compose_node(self, parent, index):
-        self.num_nodes += 1
-        if self.num_nodes > MAX_NODES:
-            raise yaml.YAMLError(f"more than {MAX_NODES} values")
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.YAMLError(f"line {mark.line + 1}: anchors and aliases are not supported, write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key {name!r} is not text")
-            if name in seen:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key '{name}' is given twice")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+def _shipped_folder() -> Path:
+    package = Path(__file__).resolve().parent
+    return package / "presets" if (package / "presets").is_dir() else package.parent / "configs"
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+def _find_shipped(name: str, folder: Path) -> Path | None:
+    """The file of a name below a folder of shipped configurations; never one outside of it."""
+    candidate = folder / (name.removeprefix("configs/").removesuffix(".yaml") + ".yaml")
+    return candidate if candidate.resolve().is_relative_to(folder) and candidate.is_file() else None
 
 
-def find_config(name: str | Path, folder: str = "") -> Path:
-    """Path of a configuration file: as given, or a name under the shipped ``configs`` (``pretrain/quickstart``,
-    ``tnl-1b``).
+def _names(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """Path of a configuration file: as given, or a name under the shipped ``configs`` (``pretrain/quickstart``).
 
     Raises:
         ConfigError: there is no such file; the shipped names are listed.
     """
-    given = Path(name)
-    if given.is_file():
-        return given
-    package = Path(__file__).resolve().parent
-    shipped = package / "presets" if (package / "presets").is_dir() else package.parent / "configs"
-    relative = f"{name}".removeprefix("configs/").removesuffix(".yaml") + ".yaml"
-    candidate = shipped / folder / relative
-    if candidate.is_file() and candidate.resolve().is_relative_to(shipped):
-        return candidate
-    known = sorted(str(p.relative_to(shipped / folder).with_suffix("")) for p in (shipped / folder).rglob("*.yaml"))
-    raise ConfigError(f"{name}: no such file; give a path, or one of the shipped names: {', '.join(known)}")
-
-
-def read_yaml_text(text: str):
-    """The value of YAML text; raises ``yaml.YAMLError``."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: not readable, not YAML, not a mapping; the message names the file and line.
-    """
+    shipped = _shipped_folder()
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, this is no configuration")
-        value = read_yaml_text(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: not a valid YAML file: {text}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(value).__name__}")
-    return value
+        found = Path(name) if Path(name).is_file() else _find_shipped(str(name), shipped)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(name)[:SHOWN_CHARACTERS]!r}: cannot be opened: {error.args[-1]}") from None
+    if found is None:
+        raise ConfigError(
+            f"{name}: no such file; give a path, or one of the shipped names: {', '.join(_names(shipped))}"
+        )
+    return found
+
+
+def _read_preset(name: str, source: str) -> dict:
+    """The values of a shipped model; a configuration cannot reach files elsewhere by it."""
+    folder = _shipped_folder() / "model"
+    try:
+        found = _find_shipped(name, folder)
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"{source}: 1 problem\n  model.preset: no shipped model {show(name)}, {did_you_mean(name, _names(folder))}"
+        )
+    return read_yaml(found)
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -118,13 +91,12 @@ def parse_overrides(overrides: list[str]) -> dict:
     merged: dict = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key or not all(key.split(".")):
-            raise ConfigError(f"{text}: an override is section.key=value, as in train.steps=100")
-        try:
-            parsed = read_yaml_text(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{text}: the value is not valid YAML: {' '.join(str(error).split())}") from None
-        for part in reversed(key.split(".")):
+        parts = key.split(".")
+        # The value is never shown: it may be a secret.
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+            raise ConfigError(f"{key[:SHOWN_CHARACTERS]!r}: an override is section.key=value, as in train.steps=100")
+        parsed = read_yaml_text(value, key)
+        for part in reversed(parts):
             parsed = {part: parsed}
         merged = _merge(merged, parsed)
     return merged
@@ -144,8 +116,8 @@ def _tags(section: type[BaseModel]) -> tuple:
 
 
 def _locate(model: type[BaseModel], location: tuple) -> tuple[type[BaseModel] | None, list[str]]:
-    """The section that holds the last part of an error's location, and the dotted path without pydantic's union tags.
-    The section that holds the last part of an error's location, and the dotted path without pydantic's union tags."""
+    """The section that holds the last part of an error's location, and the dotted path without pydantic's union
+    tags."""
     section, path, options = model, [], []
     for part in location:
         tagged = [o for o in options if part in _tags(o)]
@@ -154,7 +126,7 @@ def _locate(model: type[BaseModel], location: tuple) -> tuple[type[BaseModel] | 
             continue
         if options:
             section = options[0]
-        path.append(str(part))
+        path.append(str(part)[:SHOWN_CHARACTERS])
         field = section.model_fields.get(part) if section and isinstance(part, str) else None
         options = _sections(field.annotation) if field else []
         if field is None and part != location[-1]:
@@ -162,47 +134,74 @@ def _locate(model: type[BaseModel], location: tuple) -> tuple[type[BaseModel] | 
     return section, path
 
 
-def _describe(model: type[BaseModel], error: dict) -> str:
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in _sections(field.annotation):
+            yield from _dotted_keys(section, f"{prefix}{name}.")
+
+
+def _key_cure(model: type[BaseModel], section: type[BaseModel] | None, name: str) -> str:
+    """The cure for an unknown key: the section that has it, or the key of this section that is most like it."""
+    elsewhere = [
+        key for key in dict.fromkeys(_dotted_keys(model)) if plain_name(key).split(".")[-1] == plain_name(name)
+    ]
+    known = list(section.model_fields) if section else []
+    if elsewhere and plain_name(name) not in known:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return did_you_mean(name, known)
+
+
+def _describe(model: type[BaseModel], error: dict) -> list[str]:
+    """The lines ``dotted.path: what, cure`` of one error of pydantic."""
     section, path = _locate(model, error["loc"])
     where = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        names = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        cure = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(names)}"
-        return f"{where}: unknown key, {cure}"
-    if error["type"] == "missing":
-        return f"{where}: missing, this key must be given"
-    if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        return f"{where}.{text}" if where else text
-    given = error["input"]
-    shown = repr(given) if isinstance(given, str | int | float | bool | type(None)) else type(given).__name__
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {shown[:80]}"
+    kind, context = error["type"], error.get("ctx", {})
+    tag_key = context.get("discriminator", "").strip("'")
+    if kind == "extra_forbidden":
+        return [f"{where}: unknown key, {_key_cure(model, section, path[-1])}"]
+    if kind == "missing":
+        return [f"{where}: missing, this key must be given"]
+    if kind == "union_tag_not_found":
+        return [f"{where}.{tag_key}: missing, this key must be given"]
+    if kind == "union_tag_invalid":
+        return [f"{where}.{tag_key}: must be one of {context['expected_tags']}, got {show(context['tag'])}"]
+    if kind == "value_error":
+        # Our own checks: one problem a line, and each begins with the key below this section that is at fault.
+        lines = str(context["error"]).splitlines()
+        return [f"{where}{'.' if KEY_FIRST.match(line) else ': '}{line}" if where else line for line in lines]
+    return [f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {show(error['input'])}"]
 
 
-def _secrets(tree: dict, path: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
+def _secrets(tree: dict | list, path: str = "") -> Iterator[str]:
+    """Dotted paths of the keys that look like those of secrets."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         where = f"{path}{key}"
         if SECRET.search(str(key)):
-            found.append(f"{where}: a secret does not belong in a configuration, set it in the environment instead")
-        if isinstance(value, dict):
-            found += _secrets(value, where + ".")
-    return found
+            yield where
+        elif isinstance(value, dict | list):
+            yield from _secrets(value, f"{where}.")
 
 
 def validate(model: type[SettingsT], tree: dict, source: str) -> SettingsT:
     """``tree`` as ``model``; ``source`` is the name that error messages begin with.
 
     Raises:
-        ConfigError: every problem at once, each with its dotted path and cure.
+        ConfigError: every problem at once, each with its dotted path and cure. What sections demand of each other is
+            checked when each of them is valid.
     """
-    problems = _secrets(tree)
+    problems = [
+        f"{where}: a secret does not belong in a configuration, set it in the environment instead"
+        for where in _secrets(tree)
+    ]
+    settings = None
     try:
         # Strict validation of JSON takes a list for a tuple and text for a path, and guesses nothing else.
-        settings = model.model_validate_json(json.dumps(tree, default=str)) if not problems else None
+        settings = model.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        problems += [_describe(model, item) for item in error.errors()]
+        for item in error.errors():
+            if not (item["loc"] and SECRET.search(str(item["loc"][-1]))):
+                problems += _describe(model, item)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in problems))
@@ -221,10 +220,10 @@ def load(model: type[SettingsT], path: str | Path, overrides: list[str] | None =
     tree = _merge(read_yaml(file), parse_overrides(overrides or []))
     section = tree.get("model")
     if isinstance(section, dict) and isinstance(section.get("preset"), str):
-        tree["model"] = _merge(read_yaml(find_config(section["preset"], "model")), section)
+        tree["model"] = _merge(_read_preset(section["preset"], str(file)), section)
     return validate(model, tree, str(file))
 
 
 def dump(settings: Settings) -> str:
     """The effective configuration as YAML text."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml_text(settings.model_dump(mode="json"))

@@ -4,6 +4,9 @@ Every class is a ``ValueError``: the text is one message that names the file or 
 our own are ``assert`` statements and end with `EXIT_INTERNAL`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_OK = 0  # finished all steps
 EXIT_USAGE = 2  # bad usage or configuration
 EXIT_DATA = 65  # bad input data
@@ -53,3 +56,15 @@ class RunInUseError(UserError):
     """Another process holds the run folder."""
 
     exit_code = EXIT_IN_USE
+
+
+def plain_name(name: str) -> str:
+    """``name`` without what is easily mistaken: letter case, and ``-`` for ``_``."""
+    return name.lower().replace("-", "_")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The cure for an unknown name: the known one that is most like it, or all of them."""
+    by_plain = {plain_name(key): key for key in known}
+    close = difflib.get_close_matches(plain_name(name), by_plain, n=1, cutoff=0.5)
+    return f"did you mean {by_plain[close[0]]}?" if close else f"known: {', '.join(by_plain.values())}"

@@ -36,6 +36,7 @@ class TransnormerConfig(PreTrainedConfig):
         "intermediate_size": "glu_dim",
         "initializer_range": "init_std",
     }
+    keys_to_ignore_at_inference = ["past_key_values", "loss_sum", "num_tokens"]  # noqa: RUF012
 
     vocab_size: int = 64000
     decoder_embed_dim: int = 1024
@@ -57,11 +58,13 @@ class TransnormerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
+        # Checkpoints that name remote code are run with the classes here, and saved without that name.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
         if self.hidden_dim is None:
             self.hidden_dim = self.decoder_embed_dim
         if self.linear_use_lrpe_list is None:
             self.linear_use_lrpe_list = [1]
-        super().__post_init__(**kwargs)
         problems = []
         if self.hidden_dim % self.decoder_attention_heads:
             problems.append(

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 # Logits of this many elements are held at a time: 8 MiB in fp32 stay in a CPU's cache.
@@ -41,6 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors
         # Multiplied in fp32: a scale rounded to bf16 would bias every gradient by up to 0.4 %.

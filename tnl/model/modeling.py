@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from tnl_kernels import add_srmsnorm, srmsnorm
+from tnl_kernels.checks import check_cu_seqlens
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -63,6 +64,12 @@ class TransnormerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False)):
+            raise ValueError(
+                "deepspeed.zero.Init has partitioned the weights before they were initialised: hold an "
+                "HfDeepSpeedConfig and build the model with AutoModelForCausalLM.from_config or from_pretrained, which "
+                "enter zero.Init themselves"
+            )
         super()._init_weights(module)
         if isinstance(module, Lrpe) and not getattr(module.theta, "_is_hf_initialized", False):
             num_heads, _, head_dim = module.theta.shape
@@ -70,9 +77,29 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             theta = 10000.0 ** (-2.0 * index / (num_heads * head_dim))
             module.theta.copy_(theta.view(num_heads, 1, head_dim))
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but the weights must be complete.
+
+        Raises:
+            ValueError: the checkpoint lacks a parameter of the model, or has one that the model has not.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{kind}: {', '.join(sorted(info[key]))}"
+            for kind, key in (("missing", "missing_keys"), ("not of this model", "unexpected_keys"))
+            if info[key]
+        ]
+        if problems:
+            raise ValueError(f"{model.config.name_or_path}: weights do not fit the configuration; {'; '.join(problems)}")
+        return (model, info) if output_loading_info else model
+
 
 class TransnormerModel(TransnormerPreTrainedModel):
     """Embedding, blocks and the final SRMSNorm."""
+
+    # The output head in the checkpoint of a `TransnormerForCausalLM`.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012 - transformers' own declaration
 
     def __init__(self, config: TransnormerConfig):
         super().__init__(config)
@@ -106,13 +133,17 @@ class TransnormerModel(TransnormerPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T]; or give ``inputs_embeds`` [B, T, D], unscaled.
-            attention_mask: [B, T] or [B, past + T], 0 marks padding on any side; padded positions return zeros.
+            attention_mask: [B, T] or [B, past + T], 0 marks padding on any side. A padded position returns what the
+                last token before it returns, zeros before the first token.
             past_key_values: state to continue from, updated in place.
             cu_seqlens: int32 [N + 1] with B = 1: N packed sequences, each starting from its own state; [0, ..., T].
             use_cache: whether to make and return a state; default the config's, and False in training.
+            output_hidden_states: also return the embeddings and the output of each block [B, T, D]; the last one after
+                the final norm.
 
         Raises:
-            ValueError: ids and embeddings both or neither given, or a mask together with ``cu_seqlens``.
+            ValueError: ids and embeddings both or neither given, a mask of another shape or together with
+                ``cu_seqlens``, or ``past_key_values`` of another model or batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -123,9 +154,11 @@ class TransnormerModel(TransnormerPreTrainedModel):
         x = x * self.embed_scale  # [B, T, D]
         B, T, D = x.shape
 
-        kept = None
+        unpack = None
         if attention_mask is not None:
             mask = attention_mask[:, -T:].bool()
+            if mask.shape != (B, T):
+                raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, expected [B, T] = {(B, T)}")
             if not mask.all():
                 if cu_seqlens is not None:
                     raise ValueError("attention_mask and cu_seqlens both given: packed sequences have no padding")
@@ -134,26 +167,39 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 kept = mask.flatten().nonzero().squeeze(1)
                 cu_seqlens = torch.cat([mask.new_zeros(1, dtype=torch.int32), mask.sum(1).cumsum(0).int()])
                 x = x.flatten(0, 1).index_select(0, kept).unsqueeze(0)  # [1, tokens, D]
+                # On the way back a padded position repeats the token before it: then the last column is right for
+                # prompts padded on the right, too.
+                seen = mask.cumsum(1)
+                source = torch.where(seen > 0, seen + cu_seqlens[:-1].unsqueeze(1), 0).flatten()
 
-        num_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+                def unpack(x):
+                    return torch.cat([x.new_zeros(1, D), x[0]]).index_select(0, source).view(B, T, D)
+
+        num_sequences = check_cu_seqlens(cu_seqlens, *x.shape[:2])
         start = None if state is None else state.positions
+        if start is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"past_key_values holds {len(state.layers)} layers, the model has {len(self.layers)}")
         if start is not None and len(start) != num_sequences:
             raise ValueError(f"past_key_values holds {len(start)} sequences, the input has {num_sequences}")
         positions = self._positions(x, cu_seqlens, start)
-        finals, hidden_states = [], (x,) if output_hidden_states else None
+        finals, hidden_states = [], []
         for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(x)
             x, final = layer(x, positions, cu_seqlens, None if state is None else state.layer(i), state is not None)
             finals.append(final)
-            if output_hidden_states:
-                hidden_states += (x,)
         x = srmsnorm(x)
         if state is not None:
             read = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
             start = torch.zeros(num_sequences, dtype=torch.int64, device=x.device) if start is None else start
             state.update(finals, start + read, T)
-        if kept is not None:
-            x = x.new_zeros(B * T, D).index_copy(0, kept, x[0]).view(B, T, D)
-        output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=state, hidden_states=hidden_states)
+        if unpack is not None:
+            x, hidden_states = unpack(x), [unpack(h) for h in hidden_states]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=state,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+        )
         return output if return_dict is None or return_dict else output.to_tuple()
 
     @staticmethod
@@ -198,8 +244,9 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings):
-        """Replace the head."""
-        self.lm_head = new_embeddings
+        """Give the head another weight."""
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = len(new_embeddings.weight)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -218,6 +265,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -234,6 +282,8 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
                 across the boundary.
             shift_labels: int64 [B, T], already shifted: position t is asked for ``shift_labels[t]``; instead of
                 ``labels``.
+            num_items_in_batch: divide the loss by this instead of its own number of labelled tokens; what transformers'
+                Trainer gives when it accumulates gradients.
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for these indices.
             output_logits: return logits next to the loss.
 
@@ -258,7 +308,7 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             shift_labels[:, :-1] = labels[:, 1:]
         if shift_labels is not None:
             loss_sum, num_tokens = self.lm_head(hidden, shift_labels)
-            loss = loss_sum / num_tokens.clamp(min=1)
+            loss = loss_sum / (num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if shift_labels is None or output_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])

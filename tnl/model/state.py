@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = "transnormer_state_v1"
@@ -23,7 +23,9 @@ class TransnormerState:
         length: number of columns read, padding included.
     """
 
+    # What transformers' ``generate`` asks a cache.
     is_compileable = False
+    is_croppable = False
 
     def __init__(self):
         self.layers: list[torch.Tensor] | None = None
@@ -97,11 +99,14 @@ class TransnormerState:
             ValueError: the file is not a saved state.
         """
         state = cls()
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: not a saved TransnormerState (format {metadata.get('format')!r})")
-            state.layers = [file.get_tensor(f"layers.{i}") for i in range(len(file.keys()) - 1)]
-            state.positions = file.get_tensor("positions")
-            state.length = int(metadata["length"])
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path}: not a saved TransnormerState (format {metadata.get('format')!r})")
+                state.layers = [file.get_tensor(f"layers.{i}") for i in range(len(file.keys()) - 1)]
+                state.positions = file.get_tensor("positions")
+                state.length = int(metadata["length"])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a saved TransnormerState ({error})") from None
         return state

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file, save_file
 
 from tnl.errors import CannotWriteError, CheckpointError
 from tnl.training.commit import CheckpointStore, HashingWriter
+from tnl.training.deepspeed_import import deepspeed
 from tnl.training.engine import Ranks
 from tnl.training.faults import fault_point
 
@@ -38,7 +38,7 @@ def safe_globals() -> list:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-class CommittedFiles(TorchCheckpointEngine):
+class CommittedFiles(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine):
     """The file layer that the DeepSpeed engine saves and loads through.
 
     Saving hashes and flushes. A failing disk is remembered instead of raised, so that this rank still meets the

@@ -1,6 +1,5 @@
 """The DeepSpeed engine of a run: process environment, DeepSpeed configuration, construction."""
 
-import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -9,13 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# DeepSpeed looks for an accelerator when it is imported, and warns where it finds none.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-
 from tnl.errors import ConfigError, UserError
+from tnl.training.deepspeed_import import deepspeed
 from tnl.training.optimizer import build_optimizer
 from tnl.training.settings import PretrainSettings
 
@@ -74,9 +68,6 @@ def init_ranks() -> Ranks:
             port = probe.getsockname()[1]
         os.environ |= dict(zip(RANK_VARIABLES, ["0", "1", "0", "127.0.0.1", str(port)], strict=True))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # The shared-memory collective would be compiled for 40 seconds at every first start, and serves inference only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:

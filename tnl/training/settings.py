@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tnl.data.settings import DataSettings
+from tnl.errors import did_you_mean
 from tnl.model.settings import ModelSettings
 from tnl.settings import Settings
 
@@ -25,6 +26,31 @@ DERIVED_DEEPSPEED_KEYS = {
     "steps_per_print": "logging",
     "zero_allow_untested_optimizer": "optimizer",
 }
+# What may be passed through. DeepSpeed ignores keys that it does not know, and others would change the batch, the
+# precision or the schedule behind the back of the run.
+PASSED_DEEPSPEED_KEYS = (
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "sparse_gradients",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+
+
+def _raise_all(problems: list[str]) -> None:
+    """One error for all problems of a section; `tnl.config` prints a line for each."""
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class TrainSettings(Settings):
@@ -42,15 +68,22 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self):
+        problems = []
         if self.precision == "bf16" and self.zero_stage < 2:
             # Stage 0 accumulates gradients in bf16, stage 1 ends with a bare assertion on a non-finite or zero
             # gradient norm.
-            raise ValueError(
+            problems.append(
                 f"zero_stage: DeepSpeed trains bf16 with fp32 accumulation and skipped steps at stage 2 or 3, got "
                 f"{self.zero_stage}; set zero_stage: 2, which costs nothing on one GPU"
             )
         if self.precision == "fp16" and self.zero_stage < 1:
-            raise ValueError("zero_stage: fp16 needs stage 1, 2 or 3 here, got 0; set zero_stage: 2")
+            problems.append("zero_stage: fp16 needs stage 1, 2 or 3 here, got 0; set zero_stage: 2")
+        if self.global_batch_size % self.micro_batch_size:
+            problems.append(
+                f"global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        _raise_all(problems)
         return self
 
 
@@ -77,11 +110,17 @@ class ScheduleSettings(Settings):
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
     decay_steps: int | None = Field(
-        default=None, ge=1, description="last steps in which wsd decays; default a fifth of the run"
+        default=None, ge=1, description="last steps, in which wsd decays; default a fifth of the run"
     )
     min_lr_ratio: float = Field(
         default=0.1, ge=0, le=1, description="final learning rate over the peak, for cosine and wsd"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.decay_steps is not None and self.name != "wsd":
+            raise ValueError(f"decay_steps: {self.name} has none; remove it, or set name: wsd")
+        return self
 
 
 class CheckpointSettings(Settings):
@@ -126,20 +165,33 @@ class PretrainSettings(Settings):
     logging: LoggingSettings = LoggingSettings()
     deepspeed: dict[str, Any] = Field(default={}, description="further DeepSpeed keys, passed through")
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _ours_are_ours(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        problems = [
+            f"{key}: derived from {DERIVED_DEEPSPEED_KEYS[key]}, set that instead"
+            if key in DERIVED_DEEPSPEED_KEYS
+            else f"{key}: cannot be passed through, {did_you_mean(key, PASSED_DEEPSPEED_KEYS)}"
+            for key in keys
+            if key not in PASSED_DEEPSPEED_KEYS
+        ]
+        zero = keys.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            problems.append("zero_optimization: must be a mapping")
+        elif "stage" in zero:
+            problems.append("zero_optimization.stage: derived from train.zero_stage, set that instead")
+        _raise_all(problems)
+        return keys
+
     @model_validator(mode="after")
     def _consistent(self):
-        if self.schedule.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps: {self.schedule.warmup_steps} must be below train.steps {self.train.steps}"
+        steps, warmup, decay = self.train.steps, self.schedule.warmup_steps, self.schedule.decay_steps
+        problems = []
+        if warmup >= steps:
+            problems.append(f"schedule.warmup_steps: {warmup} must be below train.steps {steps}")
+        elif decay is not None and decay > steps - warmup:
+            problems.append(
+                f"schedule.decay_steps: {decay} is more than the {steps - warmup} steps after the warm-up; lower it"
             )
-        if self.train.global_batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size: {self.train.global_batch_size} is no multiple of train.micro_batch_size "
-                f"{self.train.micro_batch_size}"
-            )
-        for key in self.deepspeed:
-            if key in DERIVED_DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key}: derived from {DERIVED_DEEPSPEED_KEYS[key]}, set that instead")
-        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
-            raise ValueError("deepspeed.zero_optimization.stage: derived from train.zero_stage, set that instead")
+        _raise_all(problems)
         return self
