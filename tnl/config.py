@@ -18,11 +18,12 @@ from tnl.settings import Settings
 # The environment, not a configuration, is the place of a secret: the effective configuration is copied beside every
 # checkpoint.
 SECRET = re.compile(
-    r"((api|access|auth|private|secret)[-_]?key|secret|passw(or)?d|passphrase|credentials?|(^|[-_])token)$",
+    r"((api|access|auth|private|secret)[-_]?key|secret|passw(or)?d|passphrase|credentials?"
+    r"|(^|access|api|auth|bearer|hf|hub|wandb)[-_]?token)$",
     re.IGNORECASE,
 )
 # How the text of our own checks begins when it names the key at fault.
-KEY_FIRST = re.compile(r"[\w.]+: ")
+KEY_FIRST = re.compile(r"\S+: ")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -74,11 +75,12 @@ def _read_preset(name: str, source: str) -> dict:
     return read_yaml(found)
 
 
-def _merge(base: dict, over: dict) -> dict:
+def merge(base: dict, over: dict) -> dict:
+    """``base`` with the values of ``over``, section by section."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -98,7 +100,7 @@ def parse_overrides(overrides: list[str]) -> dict:
         parsed = read_yaml_text(value, key)
         for part in reversed(parts):
             parsed = {part: parsed}
-        merged = _merge(merged, parsed)
+        merged = merge(merged, parsed)
     return merged
 
 
@@ -141,15 +143,12 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _dotted_keys(section, f"{prefix}{name}.")
 
 
-def _key_cure(model: type[BaseModel], section: type[BaseModel] | None, name: str) -> str:
+def _key_cure(model: type[BaseModel], section: type[BaseModel] | None, path: list[str]) -> str:
     """The cure for an unknown key: the section that has it, or the key of this section that is most like it."""
-    elsewhere = [
-        key for key in dict.fromkeys(_dotted_keys(model)) if plain_name(key).split(".")[-1] == plain_name(name)
-    ]
-    known = list(section.model_fields) if section else []
-    if elsewhere and plain_name(name) not in known:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return did_you_mean(name, known)
+    known, name = list(section.model_fields) if section else [], plain_name(path[-1])
+    others = [key for key in dict.fromkeys(_dotted_keys(model)) if key != ".".join(path)]
+    elsewhere = [key for key in others if key.split(".")[-1] == name]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere and name not in known else did_you_mean(name, known)
 
 
 def _describe(model: type[BaseModel], error: dict) -> list[str]:
@@ -159,7 +158,7 @@ def _describe(model: type[BaseModel], error: dict) -> list[str]:
     kind, context = error["type"], error.get("ctx", {})
     tag_key = context.get("discriminator", "").strip("'")
     if kind == "extra_forbidden":
-        return [f"{where}: unknown key, {_key_cure(model, section, path[-1])}"]
+        return [f"{where}: unknown key, {_key_cure(model, section, path)}"]
     if kind == "missing":
         return [f"{where}: missing, this key must be given"]
     if kind == "union_tag_not_found":
@@ -217,10 +216,10 @@ def load(model: type[SettingsT], path: str | Path, overrides: list[str] | None =
         ConfigError: see `find_config`, `read_yaml`, `parse_overrides`, `validate`.
     """
     file = find_config(path)
-    tree = _merge(read_yaml(file), parse_overrides(overrides or []))
+    tree = merge(read_yaml(file), parse_overrides(overrides or []))
     section = tree.get("model")
     if isinstance(section, dict) and isinstance(section.get("preset"), str):
-        tree["model"] = _merge(_read_preset(section["preset"], str(file)), section)
+        tree["model"] = merge(_read_preset(section["preset"], str(file)), section)
     return validate(model, tree, str(file))
 
 

@@ -107,7 +107,7 @@ def read_yaml_text(text: str, source: str = "text") -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"{source}: not a valid YAML text: {_reason(error)}") from None
 
 
 def read_yaml(path: Path) -> dict:

@@ -91,7 +91,9 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             if info[key]
         ]
         if problems:
-            raise ValueError(f"{model.config.name_or_path}: weights do not fit the configuration; {'; '.join(problems)}")
+            raise ValueError(
+                f"{model.config.name_or_path}: weights do not fit the configuration; {'; '.join(problems)}"
+            )
         return (model, info) if output_loading_info else model
 
 
@@ -282,8 +284,8 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
                 across the boundary.
             shift_labels: int64 [B, T], already shifted: position t is asked for ``shift_labels[t]``; instead of
                 ``labels``.
-            num_items_in_batch: divide the loss by this instead of its own number of labelled tokens; what transformers'
-                Trainer gives when it accumulates gradients.
+            num_items_in_batch: divide the loss by this instead of its own number of labelled tokens; what the Trainer
+                of transformers gives when it accumulates gradients.
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for these indices.
             output_logits: return logits next to the loss.
 

@@ -57,7 +57,10 @@ class CommittedFiles(deepspeed.runtime.checkpoint_engine.TorchCheckpointEngine):
         try:
             fault_point("ckpt.shard.pre")
             with HashingWriter(Path(path)) as file:
-                torch.save(state_dict, file)
+                try:
+                    torch.save(state_dict, file)
+                except RuntimeError as error:
+                    raise file.error or error from None
             self.records[Path(path).relative_to(self.folder).as_posix()] = file.record()
             fault_point("ckpt.shard.post")
         except OSError as error:

@@ -52,23 +52,31 @@ def sha256_of(path: Path) -> str:
 
 
 class HashingWriter:
-    """A file opened for writing that counts and hashes its bytes on the way, and is on disk once closed without an
-    error."""
+    """A file opened for writing that counts and hashes its bytes, and is on disk once closed without an error.
+
+    Attributes:
+        error: what the disk answered to a failed write; `torch.save` raises a RuntimeError of its own in its place.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
         self._hash = hashlib.sha256()
         self.num_bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         """Append ``data``."""
-        if self.num_bytes:
-            fault_point("ckpt.shard.mid")
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.num_bytes += len(view)
-        return self._file.write(view)
+        try:
+            if self.num_bytes:
+                fault_point("ckpt.shard.mid")
+            view = memoryview(data).cast("B")
+            self._hash.update(view)
+            self.num_bytes += len(view)
+            return self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         """Hand buffered bytes to the system."""
@@ -122,9 +130,9 @@ class CheckpointStore:
         Raises:
             CannotWriteError: the folder cannot be made, or free space is below 1.2 times the newest checkpoint.
         """
-        fault_point("ckpt.begin")
         temporary = self.root / (tag_of(step) + ".tmp")
         try:
+            fault_point("ckpt.begin")
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob("step_*.tmp"):
                 shutil.rmtree(leftover)

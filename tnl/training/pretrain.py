@@ -11,7 +11,7 @@ from rich.console import Console
 from tnl.data.loader import TrainLoader
 from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
 from tnl.data.tokenizer_export import export_tokenizer
-from tnl.errors import EXIT_INTERNAL, CheckpointError, DataError, NonFiniteError, UserError
+from tnl.errors import EXIT_INTERNAL, EXIT_PREEMPTED, CheckpointError, DataError, NonFiniteError, UserError
 from tnl.evaluation.heldout import heldout_loss
 from tnl.model import TransnormerForCausalLM
 from tnl.model.flops import num_parameters, training_flops_per_token
@@ -25,7 +25,7 @@ from tnl.training.metrics import MetricsWriter, finite_or_none
 from tnl.training.run_folder import CHECKPOINTS, TOKENIZER, config_hash, prepare_run_folder, versions
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings
-from tnl.training.status import write_status
+from tnl.training.status import read_status, write_status
 from tnl.training.stop import StopRequest
 
 
@@ -65,7 +65,8 @@ def pretrain(
         except BaseException as error:
             if ranks.is_main:
                 code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
-                write_status(settings.output, "failed", -1, settings.train.steps, exit_code=code, error=str(error))
+                step = read_status(settings.output).get("step", 0)
+                write_status(settings.output, "failed", step, settings.train.steps, exit_code=code, error=str(error))
             raise
 
 
@@ -170,7 +171,7 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
         if stopping and not last:
             if metrics:
                 metrics.message(f"stopped on request ({stop.reason or 'another rank'}); the same command goes on")
-                write_status(folder, "preempted", state.step, train.steps)
+                write_status(folder, "preempted", state.step, train.steps, exit_code=EXIT_PREEMPTED)
             return "preempted"
         started = time.perf_counter()
     if metrics:

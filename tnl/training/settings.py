@@ -61,7 +61,7 @@ class TrainSettings(Settings):
     global_batch_size: int = Field(ge=1, description="windows per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="windows per forward pass and rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="dtype of weights in the model")
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage")
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     gradient_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
     max_skipped_steps: int = Field(default=20, ge=0, description="consecutive non-finite steps before the run ends")

@@ -1,0 +1,258 @@
+"""`TransnormerState`: continuing from it equals reading everything at once, and nothing is remembered elsewhere."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.closeness import assert_close
+from tests.tiny_model import random_ids, tiny_model
+from tnl.model import TransnormerState
+
+
+def read(model, ids, **inputs):
+    """State after ``ids``."""
+    with torch.no_grad():
+        return model(ids, use_cache=True, **inputs).past_key_values
+
+
+def read_in_pieces(model, ids, size):
+    """Logits of ``ids`` read ``size`` tokens at a time."""
+    state = TransnormerState()
+    with torch.no_grad():
+        return torch.cat([model(piece, past_key_values=state).logits for piece in ids.split(size, 1)], 1)
+
+
+def assert_equal_states(actual, expected, ratio=None):
+    assert torch.equal(actual.positions, expected.positions)
+    assert len(actual.layers) == len(expected.layers)
+    for i, (a, e) in enumerate(zip(actual.layers, expected.layers, strict=True)):
+        assert_close(f"layer {i}", a, e, ratio)
+
+
+@pytest.mark.parametrize("lrpe", [[1, 0], [0, 1], []], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_reading_in_pieces_equals_reading_at_once(size, lrpe):
+    model, ids = tiny_model(linear_use_lrpe_list=lrpe), random_ids(2, 130)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert_close("logits", read_in_pieces(model, ids, size), expected)
+
+
+def test_token_by_token_after_a_prefill_equals_reading_at_once():
+    model, ids = tiny_model(), random_ids(2, 90)
+    state = TransnormerState()
+    pieces = [ids[:, :75], *ids[:, 75:].split(1, 1)]
+    with torch.no_grad():
+        logits = torch.cat([model(piece, past_key_values=state).logits for piece in pieces], 1)
+        assert_close("logits", logits, model(ids).logits)
+
+
+def test_steps_with_gradients_equal_steps_without():
+    model, ids = tiny_model(), random_ids(1, 12)
+    state, logits = TransnormerState(), []
+    for token in ids.split(1, 1):
+        logits.append(model(token, past_key_values=state).logits)
+    assert_close("logits", torch.cat(logits, 1), read_in_pieces(model, ids, 1))
+
+
+def test_bf16_steps_stay_near_the_bf16_prefill():
+    model, ids = tiny_model().bfloat16(), random_ids(2, 130)
+    with torch.no_grad():
+        expected = model(ids).logits
+    # The outputs are summed in another order, and a value rounded to the other side moves what follows (2.9e-3).
+    assert_close("logits", read_in_pieces(model, ids, 1), expected, 8e-3)
+
+
+def test_positions_and_length_count_the_tokens_read():
+    model, state = tiny_model(), TransnormerState()
+    for size in (5, 1, 3):
+        model(random_ids(2, size), past_key_values=state)
+    assert state.positions.tolist() == [9, 9]
+    assert state.get_seq_length() == state.length == 9
+
+
+def test_padding_counts_as_length_and_not_as_position():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    state = read(tiny_model(), random_ids(2, 4), attention_mask=mask)
+    assert (state.positions.tolist(), state.length) == ([2, 4], 4)
+
+
+def test_the_state_is_fp32_in_a_bf16_model():
+    assert {s.dtype for s in read(tiny_model().bfloat16(), random_ids(1, 4)).layers} == {torch.float32}
+
+
+def test_the_size_does_not_grow_with_the_length():
+    model = tiny_model()
+    short = read(model, random_ids(2, 1)).num_bytes()
+    # Layer 0 has LRPE: its keys are twice as wide.
+    assert short == read(model, random_ids(2, 150)).num_bytes() == 4 * 2 * 4 * 8 * (16 + 8)
+
+
+def test_an_empty_state_has_no_size():
+    assert TransnormerState().num_bytes() == 0
+
+
+def test_the_same_prompt_twice_gives_the_same_logits():
+    model, ids = tiny_model(), random_ids(1, 20)
+    assert torch.equal(read_in_pieces(model, ids, 3), read_in_pieces(model, ids, 3))
+
+
+def test_modules_hold_nothing_after_a_forward_pass():
+    model = tiny_model()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    read(model, random_ids(1, 5))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not list(model.buffers())
+
+
+def test_two_interleaved_generations_do_not_touch_each_other():
+    model = tiny_model()
+    streams = [random_ids(1, 30, seed=seed) for seed in (0, 1)]
+    states, logits = [TransnormerState(), TransnormerState()], [[], []]
+    with torch.no_grad():
+        for t in range(30):
+            for ids, state, collected in zip(streams, states, logits, strict=True):
+                collected.append(model(ids[:, t : t + 1], past_key_values=state).logits)
+    for ids, collected in zip(streams, logits, strict=True):
+        assert torch.equal(torch.cat(collected, 1), read_in_pieces(model, ids, 1))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_fork_continues_independently(T):
+    model, ids = tiny_model(), random_ids(2, 9)
+    state = read(model, ids)
+    before = [layer.clone() for layer in state.layers]
+    fork = state.fork()
+    with torch.no_grad():
+        model(random_ids(2, T, seed=1), past_key_values=fork)
+    assert all(torch.equal(a, b) for a, b in zip(state.layers, before, strict=True))
+    assert (fork.positions.tolist(), fork.length) == ([9 + T] * 2, 9 + T)
+    assert (state.positions.tolist(), state.length) == ([9, 9], 9)
+
+
+def test_reordering_picks_sequences():
+    model, ids = tiny_model(), random_ids(3, 9)
+    state = read(model, ids, attention_mask=torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9]))
+    before = state.fork()
+    state.reorder_cache(torch.tensor([2, 1, 1, 0]))
+    assert state.positions.tolist() == [9, 5, 5, 9]
+    for a, b in zip(state.layers, before.layers, strict=True):
+        assert torch.equal(a, b[[2, 1, 1, 0]])
+
+
+def test_repeating_puts_copies_side_by_side():
+    state = read(tiny_model(), random_ids(2, 9))
+    before = state.fork()
+    state.batch_repeat_interleave(2)
+    for a, b in zip(state.layers, before.layers, strict=True):
+        assert torch.equal(a, b[[0, 0, 1, 1]])
+
+
+def test_reordering_an_empty_state_leaves_it_empty():
+    state = TransnormerState()
+    state.reorder_cache(torch.tensor([0, 0]))
+    assert state.layers is None
+
+
+def test_past_of_packed_documents_continues_each():
+    model, lengths = tiny_model(), [6, 1, 70]
+    first = [random_ids(1, n, seed=n) for n in lengths]
+    second = [random_ids(1, n, seed=n + 100) for n in (3, 40, 1)]
+    state = TransnormerState()
+    with torch.no_grad():
+        for part in (first, second):
+            offsets = torch.tensor([0, *(p.shape[1] for p in part)]).cumsum(0).int()
+            logits = model(torch.cat(part, 1), cu_seqlens=offsets, past_key_values=state).logits
+        alone = [model(torch.cat(pair, 1)).logits[:, pair[0].shape[1] :] for pair in zip(first, second, strict=True)]
+    assert state.positions.tolist() == [9, 41, 71]
+    assert_close("logits", logits, torch.cat(alone, 1))
+
+
+def test_an_empty_packed_document_keeps_its_state():
+    model = tiny_model()
+    state = read(model, random_ids(2, 5))
+    before = state.fork()
+    with torch.no_grad():
+        model(random_ids(1, 4), cu_seqlens=torch.tensor([0, 0, 4], dtype=torch.int32), past_key_values=state)
+    assert torch.equal(state.layers[1][0], before.layers[1][0])
+    assert state.positions.tolist() == [5, 9]
+
+
+def test_a_state_of_another_batch_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="past_key_values holds 2 sequences, the input has 3"):
+        model(random_ids(3, 1), past_key_values=read(model, random_ids(2, 5)))
+
+
+def test_a_state_of_a_deeper_model_is_refused():
+    state = read(tiny_model(decoder_layers=3), random_ids(1, 5))
+    with pytest.raises(ValueError, match="past_key_values holds 3 layers, the model has 2"):
+        tiny_model()(random_ids(1, 1), past_key_values=state)
+
+
+def test_a_saved_state_continues_as_the_original(tmp_path):
+    model, ids = tiny_model(), random_ids(2, 9)
+    state = read(model, ids)
+    state.save(tmp_path / "state.safetensors")
+    loaded = TransnormerState.load(tmp_path / "state.safetensors")
+    assert_equal_states(loaded, state, 0.0)
+    assert loaded.length == 9
+    following = random_ids(2, 1, seed=1)
+    with torch.no_grad():
+        logits = [model(following, past_key_values=s).logits for s in (state, loaded)]
+    assert torch.equal(*logits)
+
+
+def test_an_empty_state_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="run the model on some tokens first"):
+        TransnormerState().save(tmp_path / "state.safetensors")
+
+
+def test_loading_other_tensors_is_refused(tmp_path):
+    save_file({"layers.0": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors: not a saved TransnormerState"):
+        TransnormerState.load(tmp_path / "other.safetensors")
+
+
+def test_loading_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    (tmp_path / "state.txt").write_text("nothing of the kind")
+    with pytest.raises(ValueError, match=r"state\.txt: not a saved TransnormerState"):
+        TransnormerState.load(tmp_path / "state.txt")
+
+
+def test_loading_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    read(tiny_model(), random_ids(1, 5)).save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a saved TransnormerState"):
+        TransnormerState.load(path)
+
+
+def gradient_of_first_piece(model, ids, detach):
+    """Gradient that a loss on the second half sends to the embeddings of the first half."""
+    first = model.get_input_embeddings()(ids[:, :6]).detach().requires_grad_()
+    state = model(inputs_embeds=first, use_cache=True).past_key_values
+    model(ids[:, 6:], labels=ids[:, 6:], past_key_values=state.detach() if detach else state).loss_sum.backward()
+    return first.grad
+
+
+def test_gradients_flow_through_the_state():
+    model, ids = tiny_model().train(), random_ids(1, 12)
+    whole = model.get_input_embeddings()(ids).detach().requires_grad_()
+    labels = ids.clone()
+    labels[:, :7] = -100
+    model(inputs_embeds=whole, labels=labels).loss_sum.backward()
+    assert_close("gradient", gradient_of_first_piece(model, ids, detach=False), whole.grad[:, :6])
+
+
+def test_a_detached_state_stops_gradients_and_keeps_values():
+    model, ids = tiny_model().train(), random_ids(1, 12)
+    state = model(ids, use_cache=True).past_key_values
+    assert_equal_states(state.detach(), state, 0.0)
+    assert gradient_of_first_piece(model, ids, detach=True) is None
+
+
+def test_training_makes_no_state_unless_asked():
+    model = tiny_model().train()
+    assert model(random_ids(1, 4)).past_key_values is None
+    assert model(random_ids(1, 4), use_cache=True).past_key_values.length == 4

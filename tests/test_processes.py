@@ -1,0 +1,190 @@
+"""Whole processes: torchrun with two ranks at every ZeRO stage, and runs that are killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_corpus import tiny_shards
+from tests.tiny_run import rows, tiny_tree, trajectory
+from tnl.training.commit import CheckpointStore
+from tnl.training.export import export_run
+from tnl.training.status import read_status
+
+ROOT = Path(__file__).parent.parent
+STEPS = 200
+STAGES = (0, 1, 2, 3)
+
+
+def environment(**more) -> dict[str, str]:
+    """Environment of a child: this checkout, one thread, loopback only, no rank of our own."""
+    own = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return own | paths | more
+
+
+def tnl(*arguments: str, **variables) -> subprocess.Popen:
+    """A ``python -m tnl`` process."""
+    command = [sys.executable, "-m", "tnl", *arguments]
+    return subprocess.Popen(
+        command, env=environment(**variables), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def torchrun(*arguments: str, **variables) -> subprocess.CompletedProcess:
+    """A torchrun of two ranks on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}"]
+    return subprocess.run(
+        [*command, "--master-addr=127.0.0.1", *arguments],
+        env=environment(**variables),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with shards and the YAML of a tiny run."""
+    folder = tmp_path_factory.mktemp("processes")
+    tree = tiny_tree(tiny_shards(folder, heldout_fraction=0.1), folder / "run")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The losses of one process, ZeRO 0."""
+    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={folder / 'one'}")
+    assert child.wait() == 0, child.stdout.read()
+    return rows(folder / "one")
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    """The losses of two processes at every ZeRO stage, from one start of torchrun."""
+    runs = [f"stage{s} train.zero_stage={s} train.micro_batch_size=1" for s in STAGES]
+    worker = str(ROOT / "tests/train_worker.py")
+    done = torchrun(worker, str(folder / "tiny.yaml"), str(folder), *" -- ".join(runs).split())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {stage: rows(folder / f"stage{stage}") for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one_at_the_same_global_batch(one_process, two_processes, stage):
+    found = two_processes[stage]
+    assert [row["step"] for row in found] == [row["step"] for row in one_process]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in one_process], abs=1e-4)
+    assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in one_process], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_export_consolidates_the_shards_of_two_processes(folder, one_process, two_processes, stage):
+    from safetensors.torch import load_file
+
+    reference = folder / "one-export"
+    if not reference.exists():
+        export_run(folder / "one", reference)
+    expected = load_file(reference / "model.safetensors")
+    export_run(folder / f"stage{stage}", folder / f"export{stage}")
+    found = load_file(folder / f"export{stage}/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        # Adam divides by the root of tiny moments: rounding of the summation order grows to 1e-4 in single weights.
+        assert (weight - expected[name]).abs().max() < 2e-3, name
+        assert weight.shape == expected[name].shape
+
+
+def test_another_number_of_processes_is_refused_with_the_cure(folder, two_processes):
+    child = tnl(
+        "pretrain",
+        str(folder / "tiny.yaml"),
+        f"output={folder / 'stage2'}",
+        "train.zero_stage=2",
+        "train.micro_batch_size=1",
+        "--resume",
+        "10",
+    )
+    text = child.communicate()[0]
+    assert child.returncode == 77, text
+    assert "saved by 2 processes, this run has 1" in text
+
+
+def test_torchrun_of_the_module_fails_on_all_ranks_together(folder):
+    config = str(folder / "tiny.yaml")
+    bad = torchrun("-m", "tnl", "pretrain", config, f"output={folder / 'bad'}", "train.micro_batch_size=4")
+    assert bad.returncode != 0
+    assert "train.global_batch_size: 4 is no" in bad.stderr or "train.global_batch_size: 4 is not" in bad.stderr
+    assert not CheckpointStore(folder / "bad/checkpoints").steps()
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """200 steps without interruption."""
+    output = folder / "straight"
+    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run())
+    assert child.wait() == 0, child.stdout.read()
+    return output
+
+
+def long_run() -> list[str]:
+    return [f"train.steps={STEPS}", "checkpoint.every=50"]
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        ["step:step=100:action=kill9"],
+        # In the middle of a file, before and after the rename, and while an old checkpoint is deleted.
+        ["ckpt.shard.mid:action=kill9", "ckpt.pre_rename:action=kill9", "ckpt.post_rename:action=kill9"],
+        ["step:step=149:action=kill9", "ckpt.prune.mid:action=kill9"],
+    ],
+    ids=["step 100", "inside the first save", "while pruning"],
+)
+def test_killed_runs_go_on_bit_for_bit(folder, straight, kills, request):
+    output = folder / request.node.name.replace(" ", "-")
+    command = ["pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run()]
+    for plan in kills:
+        child = tnl(*command, TNL_TESTING="1", TNL_FAULT=plan)
+        text = child.communicate()[0]
+        assert child.returncode == -signal.SIGKILL, text
+    child = tnl(*command)
+    text = child.communicate()[0]
+    assert child.returncode == 0, text
+    assert len(trajectory(output)) == STEPS
+    assert trajectory(output) == trajectory(straight)
+    assert read_status(output)["state"] == "finished"
+
+
+def test_a_signal_ends_the_process_with_75(folder):
+    output = folder / "signalled"
+    command = [
+        "pretrain",
+        str(folder / "tiny.yaml"),
+        f"output={output}",
+        "train.steps=100000",
+        "checkpoint.every=100000",
+    ]
+    child = tnl(*command, "logging.print_every=1")
+    for line in child.stdout:
+        if line.startswith("step 5/"):
+            child.send_signal(signal.SIGTERM)
+            break
+    text = child.stdout.read()
+    assert child.wait() == 75, text
+    assert read_status(output)["state"] == "preempted"
+    assert len(CheckpointStore(output / "checkpoints").steps()) == 1
