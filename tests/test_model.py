@@ -14,7 +14,7 @@ from tnl.model.settings import ModelSettings
 
 PRESETS = {
     "tnl-tiny": 4_522_240,
-    "tnl-44m": 37_224_960,
+    "tnl-44m": 44_171_776,
     "tnl-385m": 398_984_192,
     "tnl-1b": 1_020_266_496,
     "tnl-3b": 2_911_111_680,

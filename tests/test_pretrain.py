@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from tests.closeness import assert_close
-from tests.tiny_corpus import tiny_shards
+from tests.tiny_corpus import tiny_shards, tiny_texts
 from tests.tiny_run import VOCAB_SIZE, rows, tiny_run, trajectory
 from tnl.errors import (
     CannotWriteError,
@@ -250,8 +250,7 @@ def test_a_folder_in_use_is_refused(shards, tmp_path):
 def test_data_that_does_not_belong_to_the_run_is_refused(shards, tmp_path):
     settings = tiny_run(shards, tmp_path / "run", "train.steps=6")
     train(settings)
-    texts = [f"other text {i} of some length\n" * 9 for i in range(50)]
-    other = tiny_shards(tmp_path, texts=texts, heldout_fraction=0.1)
+    other = tiny_shards(tmp_path, texts=tiny_texts(seed=1), heldout_fraction=0.1)
     # The finished run must look at its data again: go back to step 5.
     with pytest.raises(DataError, match="tokenizer"):
         train(tiny_run(other, tmp_path / "run", "train.steps=6"), resume="5")

@@ -155,8 +155,8 @@ def long_run() -> list[str]:
     ],
     ids=["step 100", "inside the first save", "while pruning"],
 )
-def test_killed_runs_go_on_bit_for_bit(folder, straight, kills, request):
-    output = folder / request.node.name.replace(" ", "-")
+def test_killed_runs_go_on_bit_for_bit(folder, straight, kills):
+    output = folder / f"killed-{kills[0].partition(':')[0]}-{len(kills)}"
     command = ["pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run()]
     for plan in kills:
         child = tnl(*command, TNL_TESTING="1", TNL_FAULT=plan)

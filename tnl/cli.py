@@ -3,6 +3,7 @@
 Heavy imports happen inside them, so that ``tnl --help`` is quick.
 """
 
+import errno
 import sys
 import traceback
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tnl.errors import EXIT_INTERNAL, EXIT_PREEMPTED, UserError
+from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_PREEMPTED, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -224,7 +225,17 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Exception:  # a defect of ours: say where
-        traceback.print_exc()
-        print("internal error: please report the lines above", file=sys.stderr)
-        sys.exit(EXIT_INTERNAL)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            _end_internal()
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space and try again", file=sys.stderr)
+        sys.exit(EXIT_CANNOT_WRITE)
+    except Exception:
+        _end_internal()
+
+
+def _end_internal() -> None:
+    """End with the traceback of a defect of ours."""
+    traceback.print_exc()
+    print("internal error: please report the lines above", file=sys.stderr)
+    sys.exit(EXIT_INTERNAL)

@@ -13,25 +13,30 @@ ACTIVATIONS = ("silu", None)
 
 
 def names(values) -> str:
+    """The values as a comma-separated list, for an error message."""
     return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:
+    """``tensor`` has the shape ``expected``, called ``dims`` in the message."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {dims} = {expected}")
 
 
 def check_dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+    """``tensor`` has one of the dtypes ``expected``."""
     if tensor.dtype not in expected:
         raise ValueError(f"{name}: got dtype {names([tensor.dtype])}, expected {names(expected)}")
 
 
 def check_num_dims(name: str, tensor: Tensor, dims: str) -> None:
+    """``tensor`` has as many dims as ``dims`` names."""
     if tensor.dim() != dims.count(",") + 1:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {dims}")
 
 
 def check_activation(activation: str | None) -> None:
+    """``activation`` is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {names(map(repr, ACTIVATIONS))}")
 

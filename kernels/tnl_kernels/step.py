@@ -89,6 +89,7 @@ def lightning_attention_step(
 
 
 def check_slots(slots: Tensor, B: int, num_slots: int) -> None:
+    """slots int32 or int64 [B], below ``num_slots``, no slot twice; negative ones are padding."""
     check_shape("slots", slots, (B,), "[B]")
     check_dtype("slots", slots, (torch.int32, torch.int64))
     if slots.device.type == "cpu":

@@ -16,9 +16,11 @@ def load_model(name: str, *, dtype: torch.dtype | None = None):
         ConfigError: it cannot be loaded, or is no TNL model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import tnl.model
 
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

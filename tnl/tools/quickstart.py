@@ -11,9 +11,10 @@ from tnl import config as configuration
 from tnl.data.loader import TrainLoader
 from tnl.data.prepare import prepare
 from tnl.data.settings import PrepareSettings
+from tnl.data.shard_format import ShardIndex
 from tnl.data.shards import ShardSet
 from tnl.data.tokenizer import Tokenizer
-from tnl.errors import EXIT_PREEMPTED, ConfigError, UserError
+from tnl.errors import EXIT_PREEMPTED, ConfigError, DataError, UserError
 from tnl.tools.report import read_metrics, report
 from tnl.tools.tables import format_rows
 
@@ -48,6 +49,12 @@ def quickstart(*, text: Path | None, dataset: str | None, folder: Path, config: 
 
     print("1/5 data", flush=True)
     shards_folder = prepare(_prepare_settings(source, settings), report=print)
+    splits = ShardIndex.read(shards_folder).splits
+    if not (splits["train"] and splits["heldout"]):
+        raise DataError(
+            f"{source['path']}: too few documents to set some aside for evaluation; one file is one document, so split "
+            f"the text into 30 files or more, and remove {shards_folder}"
+        )
 
     print("2/5 training", flush=True)
     from tnl.training.pretrain import pretrain
@@ -92,9 +99,17 @@ def _prepare_settings(source: dict, settings) -> PrepareSettings:
         "source": source,
         "tokenizer": {"vocab_size": settings.model.vocab_size},
         "output": settings.data.shards,
-        "heldout_fraction": 0.02,
+        "heldout_fraction": _heldout_fraction(source),
     }
     return configuration.validate(PrepareSettings, tree, "quickstart")
+
+
+def _heldout_fraction(source: dict) -> float:
+    """A fiftieth of the documents, of few documents a tenth."""
+    if source["kind"] != "text":
+        return 0.02
+    files = sum(1 for path in Path(source["path"]).rglob("*") if path.suffix in source["suffixes"])
+    return 0.02 if files >= 500 else 0.1
 
 
 def _ngram_losses(settings, shards_folder: Path, heldout: ShardSet) -> dict[int, float]:

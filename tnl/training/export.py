@@ -64,8 +64,11 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
 
 
 def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from tnl.model import TransnormerForCausalLM
 
+    disable_progress_bar()
     with torch.device("meta"):
         model = TransnormerForCausalLM(load_run_settings(run).model.to_config(dtype="float32"))
     model.to_empty(device="cpu")
@@ -90,7 +93,8 @@ def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
             if any((checkpoint / ENGINE_TAG).glob("*_optim_states.pt")):
                 return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
             (file,) = (checkpoint / ENGINE_TAG).glob("mp_rank_*_model_states.pt")
-            return {name: tensor.float() for name, tensor in torch.load(file, map_location="cpu")["module"].items()}
+            module = torch.load(file, map_location="cpu", weights_only=True)["module"]
+            return {name: tensor.float() for name, tensor in module.items()}
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         if previous is not None:

@@ -46,6 +46,8 @@ def prepare_run_folder(settings: PretrainSettings, *, fresh: bool) -> None:
         CannotWriteError: it cannot be made.
     """
     folder = settings.output
+    if any(character in "*?[" for character in str(folder.resolve())):
+        raise ConfigError(f"output: {folder}: DeepSpeed reads *, ? and [ in a path as patterns; choose another folder")
     effective = folder / CONFIG
     try:
         if fresh and folder.exists():
