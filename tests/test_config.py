@@ -91,7 +91,7 @@ def test_default_preset_file_override(tmp_path):
     assert settings.model.glu_dim == 8
 
     settings = config.load(PretrainSettings, file, ["model.preset=tnl-44m"])
-    assert settings.model.num_layers == 6
+    assert settings.model.num_layers == 8
     assert settings.model.glu_dim == 99
 
 

@@ -247,7 +247,7 @@ def deepspeed_routes(tmp_path_factory):
         "MASTER_PORT": "0",
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
     process = subprocess.run(
         [sys.executable, "-c", DEEPSPEED_ROUTES, str(folder)], env=environment, capture_output=True, text=True

@@ -89,7 +89,7 @@ print(json.dumps({
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(unpacked)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(unpacked), os.environ.get("PYTHONPATH", "")])},
         input=json.dumps(names),
         capture_output=True,
         text=True,

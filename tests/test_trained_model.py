@@ -250,7 +250,7 @@ def test_quickstart_on_a_single_document_ends_before_training(tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text("\n".join(tiny_texts(100)))
-    arguments = ["--text", str(texts), "--folder", str(tmp_path / "out"), "model.vocab_size=300"]
+    arguments = ["--text", str(texts), "--folder", str(tmp_path / "out"), "model.vocab_size=330"]
     code, text = command(capsys, "quickstart", *arguments)
     assert code == 65
     assert "split the text into 30 files or more" in text

@@ -77,9 +77,11 @@ def init_ranks() -> Ranks:
                 "processes"
             )
         torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if not dist.is_initialized():
+        backend, bound = ("nccl", device) if cuda else ("gloo", None)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+        deepspeed.init_distributed(verbose=False)  # takes the group over
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
