@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tnl.errors import CannotWriteError, CheckpointError, RunInUseError
-from tnl.training.commit import MANIFEST, CheckpointStore, HashingWriter, write_atomically
+from tnl.files import write_atomically
+from tnl.training.commit import MANIFEST, CheckpointStore, HashingWriter
 from tnl.training.lock import RunLock
 
 FILES = {"engine/weights.pt": b"weights" * 1000, "engine/moments.pt": b"moments" * 500, "random.json": b"[1, 2]"}

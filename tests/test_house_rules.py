@@ -14,7 +14,7 @@ PACKAGES = {"tnl": ROOT / "tnl", "tnl_kernels": ROOT / "kernels" / "tnl_kernels"
 LAYERS = ["tnl_kernels", "tnl.model", "tnl.data", "tnl.config", "tnl.generation", "tnl.evaluation"]
 LAYERS += ["tnl.training", "tnl.tools", "tnl.cli", "tnl.__main__"]
 # Everything in tnl may import these; they import each other at most.
-LEAVES = {"tnl", "tnl.errors", "tnl.settings", "tnl.plain_yaml"}
+LEAVES = {"tnl", "tnl.errors", "tnl.settings", "tnl.plain_yaml", "tnl.files"}
 SETTINGS = {"tnl/settings.py", "tnl/model/settings.py", "tnl/data/settings.py", "tnl/training/settings.py"}
 # Outside libraries that stay in a few places: files, or folders with a slash at the end.
 CONFINED = {

@@ -15,9 +15,10 @@ from tests.tiny_run import rows, tiny_run
 from tnl import cli
 from tnl.errors import CheckpointError, ConfigError, DataError
 from tnl.evaluation.command import evaluate_shards
+from tnl.files import sha256_of
 from tnl.generation.generate import generate_text
 from tnl.generation.load import load_model
-from tnl.training.commit import MANIFEST, CheckpointStore, sha256_of
+from tnl.training.commit import MANIFEST, CheckpointStore
 from tnl.training.export import export_run, resolve_model
 from tnl.training.pretrain import pretrain
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from tnl.files import fsync_folder
+
 _LOCK, _CONTENT, _REPLACED = "lock", "content", "replaced"
 
 
@@ -23,7 +25,7 @@ class ScratchFolder:
 
     def publish(self, replace: bool) -> bool:
         """Rename ``content`` to the output; False when a folder with files is there and is not to be replaced."""
-        sync_folder(self.content)
+        fsync_folder(self.content)
         if replace and self._output.exists():
             # Should the process be killed between the two renames, the next run finds no output and prepares it again.
             os.rename(self._output, self._folder / _REPLACED)
@@ -33,7 +35,7 @@ class ScratchFolder:
             if self._output.is_dir() and any(self._output.iterdir()):
                 return False
             raise
-        sync_folder(self._output.parent)
+        fsync_folder(self._output.parent)
         return True
 
 
@@ -77,12 +79,3 @@ def _lock(folder: Path) -> TextIO | None:
             return stream
         stream.close()
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

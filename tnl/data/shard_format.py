@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tnl.errors import DataError
+from tnl.files import sha256_of
 
 FORMAT_VERSION = 1
 MAGIC = b"TNLSHARD"
@@ -164,7 +165,6 @@ def id_bytes_of(vocab_size: int) -> int:
 def file_sha256(file: Path) -> str:
     """Hex SHA-256 of a file; raises `DataError` when it cannot be read."""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); {REBUILD}") from error

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from tnl.errors import CannotWriteError, CheckpointError
+from tnl.files import fsync_folder, sha256_of, write_atomically
 from tnl.training.faults import fault_point
 
 MANIFEST = "MANIFEST.json"
@@ -23,32 +24,6 @@ TAG = re.compile(r"step_(\d{8,})$")
 def tag_of(step: int) -> str:
     """Folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step_{step:08d}"
-
-
-def fsync_folder(path: Path) -> None:
-    """Make renames and new files inside ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either the old or the new content, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class HashingWriter:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tnl.training.commit import write_atomically
+from tnl.files import write_atomically
 from tnl.training.settings import LoggingSettings
 
 FILE = "metrics.jsonl"

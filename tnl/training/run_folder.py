@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tnl import config
 from tnl.errors import CannotWriteError, ConfigError
-from tnl.training.commit import write_atomically
+from tnl.files import write_atomically
 from tnl.training.settings import PretrainSettings
 
 CONFIG = "config.yaml"

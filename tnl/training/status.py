@@ -5,7 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from tnl.training.commit import write_atomically
+from tnl.files import write_atomically
 
 FILE = "run_status.json"
 
