@@ -7,4 +7,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_environment ""
-exec .venv/bin/tnl quickstart "$@"
+exec "$root/.venv/bin/tnl" quickstart "$@"

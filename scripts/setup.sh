@@ -5,10 +5,9 @@
 # TORCH_INDEX_URL   where pip takes torch from; default PyPI's build for this machine
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
 
 setup_environment() {
-  local extras=$1 python=${PYTHON:-python3} stamp
+  local extras=$1 python=${PYTHON:-python3} venv="$root/.venv" stamp
   if ! command -v "$python" >/dev/null; then
     echo "error: no $python found; install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2
     exit 2
@@ -21,17 +20,21 @@ setup_environment() {
     echo "error: $python has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2
     exit 2
   fi
-  # Installed anew when the pins, the packaging or the place of the checkout change.
-  stamp=.venv/installed-$(cat constraints.txt setup.py <(echo "$root $extras ${TORCH_INDEX_URL:-}") | sha256sum | cut -c1-16)
+  # Installed anew when the pins, the packaging, the interpreter or the place of the checkout change.
+  stamp=$venv/installed-${extras:-base}-$(cat "$root/constraints.txt" "$root/setup.py" \
+    <(echo "$root ${TORCH_INDEX_URL:-}" && "$python" --version) | sha256sum | cut -c1-16)
   if [[ ! -e $stamp ]]; then
-    echo "installing into $root/.venv (once; torch is large)"
-    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
+    echo "installing into $venv (once; torch is large)"
+    # A set-up that was interrupted leaves a venv without pip.
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+    rm -f "$venv"/installed-"${extras:-base}"-*
+    local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-      "${pip[@]}" --index-url "$TORCH_INDEX_URL" torch
+      # Only torch itself: that index holds other versions of what torch needs.
+      "${pip[@]}" --index-url "$TORCH_INDEX_URL" --no-deps torch
     fi
     # DeepSpeed compiles nothing: the operators that training uses are torch's own.
-    DS_BUILD_OPS=0 "${pip[@]}" --editable ".${extras:+[$extras]}"
+    DS_BUILD_OPS=0 "${pip[@]}" --editable "$root${extras:+[$extras]}"
     touch "$stamp"
   fi
 }

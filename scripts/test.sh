@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_environment "dev"
+cd "$root"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # Nothing is fetched at test time.

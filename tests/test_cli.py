@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import tnl
-from tests.tiny_corpus import tiny_texts
+from tests.tiny_corpus import tiny_shards, tiny_texts
 from tnl import cli, config, errors
 from tnl.training.settings import PretrainSettings
 
@@ -242,6 +242,43 @@ def test_a_command_that_succeeds(tnl_command, tmp_path):
     assert not (tmp_path / "shards").exists()
 
 
+def test_verify_reads_every_byte(tnl_command, tmp_path):
+    folder = tiny_shards(tmp_path)
+    size = sum(file.stat().st_size for file in folder.glob("*.bin"))
+    assert tnl_command("data", "verify", folder) == (0, f"{folder}: {size:,} bytes verified\n", "")
+    shard = folder / "train-00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[130] ^= 1
+    shard.write_bytes(data)
+    code, _, err = tnl_command("data", "verify", folder)
+    assert code == errors.EXIT_DATA
+    assert err.startswith(f"error: {shard}: ")
+
+
+def test_a_name_that_no_disk_takes(tnl_command, tmp_path):
+    file = prepare_yaml(tmp_path, "text", tmp_path)
+    assert tnl_command("data", "prepare", file, f"output={'x' * 300}")[0] == errors.EXIT_CANNOT_WRITE
+    assert tnl_command("data", "prepare", file, f"source.path={'x' * 300}")[0] == errors.EXIT_DATA
+    assert tnl_command("quickstart", "--text", "x" * 300, "--folder", tmp_path)[0] == errors.EXIT_DATA
+    assert tnl_command("quickstart", "--text", tmp_path, "--folder", "x" * 300)[0] == errors.EXIT_CANNOT_WRITE
+    assert tnl_command("data", "verify", "x" * 300)[0] == errors.EXIT_DATA
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "\udcff\udcfe"], "error: prompt: is not UTF-8 text at character 0"),
+        (["--prompt", "def", "--top-p", "2"], "error: top_p: must be above 0"),
+    ],
+)
+def test_a_bad_request_is_refused_before_its_prompt_is_printed(options, message, tnl_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tnl.generation.load", types.SimpleNamespace(load_model=lambda name: (None, None)))
+    monkeypatch.setitem(sys.modules, "tnl.training.export", types.SimpleNamespace(resolve_model=str))
+    code, out, err = tnl_command("generate", "run", *options)
+    assert (code, out) == (errors.EXIT_USAGE, "")
+    assert err.startswith(message)
+
+
 # The other exit codes
 
 
@@ -253,7 +290,9 @@ def test_every_error_has_its_exit_code(kind, tnl_command, prepare_that):
 
 
 def test_exit_codes_differ_and_none_is_that_of_python():
-    codes = [kind.exit_code for kind in errors.UserError.__subclasses__()]
+    # Without those that other modules derive for an outcome, such as a stopped quickstart.
+    kinds = [kind for kind in errors.UserError.__subclasses__() if kind.__module__ == errors.__name__]
+    codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     assert not {0, 1, errors.EXIT_INTERNAL, errors.EXIT_PREEMPTED} & set(codes)
 

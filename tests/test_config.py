@@ -460,3 +460,10 @@ def test_a_preset_out_of_the_folder_by_traversal_that_exists(tmp_path):
 
 def test_a_misspelt_preset():
     assert refusal("model.preset=tnl1b") == ['model.preset: no shipped model "tnl1b", did you mean tnl-1b?']
+
+
+def test_values_of_a_program_are_taken_as_they_are():
+    odd = "/tmp/a #b: [x] 'y\"~"
+    values = {"output": odd, "train": {"steps": 7, "sequence_length": 9}}
+    settings = config.load(PretrainSettings, "pretrain/quickstart", ["train.steps=80"], values)
+    assert (str(settings.output), settings.train.steps, settings.train.sequence_length) == (odd, 80, 9)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.tiny_corpus import tiny_shards
-from tnl.data.loader import IGNORED, TrainLoader, Windows
+from tnl.data.loader import TrainLoader, Windows
 from tnl.data.permutation import permute
 from tnl.data.shards import ShardSet
 from tnl.errors import ConfigError, DataError
+from tnl.model.loss import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_packing_restarts_at_windows_and_documents_and_predicts_across_none(shar
         assert bounds.tolist() == expected
         first = torch.zeros(ids.numel(), dtype=torch.bool)
         first[bounds[:-1].long()] = True
-        assert (labels[0][first] == IGNORED).all()
+        assert (labels[0][first] == IGNORE_INDEX).all()
         assert torch.equal(labels[0][~first], ids[0][~first])
         seen += len(expected) - 1 - micro_batch
     assert seen > 50
@@ -187,11 +188,11 @@ def test_batches_that_do_not_divide_and_data_that_do_not_fill_a_window_are_refus
         TrainLoader(shards, 32, 6, 2, world_size=2)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size: 0 and train\.micro_batch_size: 1 must be"):
         TrainLoader(shards, 32, 0, 1)
-    with pytest.raises(ConfigError, match=r"train\.seq_len: 1 predicts no token"):
+    with pytest.raises(ConfigError, match=r"train\.sequence_length: 1 predicts no token"):
         TrainLoader(shards, 1, 2, 1)
     size = shards.num_tokens
     with pytest.raises(
-        DataError, match=rf"{size} tokens in split train do not fill one window of train\.seq_len {size + 1}"
+        DataError, match=rf"{size} tokens in split train do not fill one window of train\.sequence_length {size + 1}"
     ):
         TrainLoader(shards, size + 1, 2, 1)
     assert TrainLoader(shards, size, 2, 1).num_windows == 1

@@ -1,6 +1,7 @@
 """Preparation: what is kept, equal bytes each time, and nothing half-done under the output's name."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -12,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import yaml
 from pydantic import ValidationError
 
 from tests.tiny_corpus import tiny_settings, tiny_shards, tiny_texts, write_jsonl
 from tnl.data.prepare import prepare
-from tnl.data.settings import PrepareSettings
+from tnl.data.settings import DataSettings, PrepareSettings
 from tnl.data.shard_format import ShardIndex
 from tnl.data.shards import ShardSet, verify
 from tnl.data.tokenizer import Tokenizer
@@ -78,7 +80,8 @@ def test_duplicates_and_blank_documents_are_dropped_and_counted(tmp_path):
     assert sorted(train + heldout) == sorted(texts)
     assert 4 <= len(heldout) <= 22
     counts = ShardIndex.read(folder).counts
-    assert counts == {"documents": 60, "empty": 2, "bad": 0, "duplicates": 3, "left_out_by_max_bytes": 0}
+    size = {"files": 1, "file_bytes": (tmp_path / "corpus.jsonl").stat().st_size}
+    assert counts == {"documents": 60, "empty": 2, "bad": 0, "duplicates": 3, "left_out_by_max_bytes": 0, **size}
     printed = "\n".join(lines)
     assert "60 kept, 2 empty, 0 bad, 3 exact duplicates" in printed
     assert "bytes per token" in printed
@@ -138,6 +141,78 @@ def test_the_same_settings_are_used_again_and_others_are_refused(tmp_path):
     (folder / "train-00000.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"train-00000\.bin: 0 bytes"):
         tiny_shards(tmp_path, seed=1)
+
+
+def test_text_that_changed_since_is_told(tmp_path):
+    folder = tiny_shards(tmp_path)
+    before, lines = contents(folder), []
+    prepare(tiny_settings(tmp_path, texts=tiny_texts(61)), report=lines.append)
+    assert contents(folder) == before
+    assert "the text has changed since" in lines[1]
+    assert "--fresh prepares it again" in lines[1]
+    settings = tiny_settings(tmp_path, texts=tiny_texts(61))
+    prepare(settings, report=quiet, fresh=True)
+    prepare(settings, report=lines.append)
+    assert len(lines) == 3
+    (tmp_path / "corpus.jsonl").unlink()
+    prepare(settings, report=lines.append)
+    assert "0 of 0 now" in lines[4]
+
+
+def test_a_given_tokenizer_that_a_run_could_not_export_is_refused_first(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny_texts(50)),
+        model_writer=model,
+        vocab_size=320,
+        model_type="unigram",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    (tmp_path / "unigram.model").write_bytes(model.getvalue())
+    with pytest.raises(DataError, match=r"unigram\.model: a unigram model; only BPE"):
+        tiny_shards(tmp_path, tokenizer={"model": str(tmp_path / "unigram.model")})
+    assert not (tmp_path / "shards").exists()
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree = {"source": {"kind": "text", "path": "~/texts"}, "tokenizer": {"model": "~/m"}, "output": "~/out"}
+    settings = PrepareSettings(**tree)
+    found = (settings.source.path, settings.tokenizer.model, settings.output, DataSettings(shards="~/s").shards)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("texts", "m", "out", "s"))
+    with pytest.raises(ValidationError, match="NUL"):
+        DataSettings(shards="a\0b")
+
+
+def test_names_that_no_disk_takes_are_refused(tmp_path):
+    long = "x" * 300
+    with pytest.raises(CannotWriteError, match=r"cannot be opened \(File name too long\)"):
+        tiny_shards(tmp_path, output=long)
+    for kind in ("text", "jsonl"):
+        with pytest.raises(DataError, match=r"cannot be read \(File name too long\); correct source\.path"):
+            tiny_shards(tmp_path, source={"kind": kind, "path": str(tmp_path / long)})
+
+
+def test_when_the_new_folder_cannot_take_its_place_the_old_one_returns(tmp_path, monkeypatch):
+    before = contents(tiny_shards(tmp_path))
+    rename = os.rename
+
+    def refuse(source, target):
+        if Path(source).name == "content":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr("tnl.data.scratch.os.rename", refuse)
+    with pytest.raises(CannotWriteError, match="Input/output error"):
+        prepare(tiny_settings(tmp_path, seed=1), report=quiet, fresh=True)
+    assert contents(tmp_path / "shards") == before
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path):

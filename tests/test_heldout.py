@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.tiny_corpus import tiny_shards
+from tests.tiny_corpus import tiny_shards, tiny_texts
 from tests.tiny_run import VOCAB_SIZE
 from tnl.data.shards import ShardSet
+from tnl.data.tokenizer import Tokenizer
 from tnl.evaluation.heldout import heldout_loss
 from tnl.model import TransnormerConfig, TransnormerForCausalLM
 
@@ -94,3 +95,19 @@ def test_training_mode_comes_back(model, heldout):
     heldout_loss(model, heldout, device=CPU, max_tokens=50)
     assert model.training
     model.eval()
+
+
+def test_bits_per_byte_leave_out_the_bytes_that_nothing_predicts(model, tmp_path):
+    shards = ShardSet.open(
+        tiny_shards(tmp_path, texts=[*tiny_texts(), "\u00e9t\u00e9", *"abcdefgh"], add_bos=False), "heldout"
+    )
+    tokenizer = Tokenizer.load(shards.folder / "tokenizer.model")
+    bounds = [*shards.document_starts(0, shards.num_tokens).tolist(), shards.num_tokens]
+    predicted = 0
+    for start, stop in itertools.pairwise(bounds):
+        ids = shards.tokens(start, stop).tolist()
+        whole = len(tokenizer.decode(ids).encode())
+        assert sum(map(tokenizer.num_bytes, ids)) == whole
+        predicted += whole - tokenizer.num_bytes(ids[0])
+    result = heldout_loss(model, shards, device=CPU)
+    assert result.num_bytes == predicted < shards.num_bytes

@@ -174,3 +174,19 @@ def test_autocast_trains_near_fp32():
     loss.backward()
     assert_close("loss", loss, expected, 2e-2)
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
+    hidden, weight, labels = inputs(70)
+    expected, _ = linear_cross_entropy(hidden, weight, labels)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(torch, "mm", refuse)
+    with pytest.raises(AssertionError, match="a gradient was made"):
+        linear_cross_entropy(hidden, weight, labels)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels)[0] == expected
+    with torch.inference_mode():
+        assert linear_cross_entropy(hidden, weight, labels)[0] == expected

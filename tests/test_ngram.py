@@ -1,5 +1,6 @@
 """The n-gram baselines against the definition written with dictionaries, and the promises of their docstrings."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -25,10 +26,11 @@ def markov_text(length: int, seed: int, vocab: int = VOCAB) -> np.ndarray:
 class SlowKneserNey:
     """The definition, one n-gram at a time."""
 
-    def __init__(self, segments: list[list[int]], vocab: int, order: int):
+    def __init__(self, segments: list[tuple[bool, list[int]]], vocab: int, order: int):
+        """``segments``: whether it begins a document, and its tokens."""
         self.vocab, self.order = vocab, order
         raw = {k: Counter() for k in range(1, order + 1)}
-        for segment in segments:
+        for _, segment in segments:
             for k in raw:
                 raw[k].update(tuple(segment[i : i + k]) for i in range(len(segment) - k + 1))
         self.counts = {order: raw[order]}
@@ -36,7 +38,8 @@ class SlowKneserNey:
             left = defaultdict(set)
             for gram in raw[k + 1]:
                 left[gram[1:]].add(gram[0])
-            self.counts[k] = {gram: len(tokens) for gram, tokens in left.items()}
+            self.counts[k] = Counter({gram: len(tokens) for gram, tokens in left.items()})
+            self.counts[k].update(tuple(s[:k]) for begins, s in segments if begins and len(s) >= k > 1)
         self.discounts = {k: self.discount(self.counts[k].values()) for k in self.counts}
 
     @staticmethod
@@ -74,8 +77,11 @@ def next_distribution(model: NgramModel, history: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("size", [30, 900])  # few counts: the plain discount; many: the modified one
 def test_agrees_with_the_definition(order, size):
     text = markov_text(size, seed=order)
-    windows = [text[:7], text[7 : size // 2], text[size // 2 :]]
-    slow = SlowKneserNey([window.tolist() for window in windows], VOCAB, order)
+    bounds = [0, 7, 9, 12, 14, size // 2, size // 2 + 5, size]
+    begins = [True, False, True, True, True, False, True]
+    pairs = list(zip(begins, itertools.pairwise(bounds), strict=True))
+    slow = SlowKneserNey([(is_start, text[a:b].tolist()) for is_start, (a, b) in pairs], VOCAB, order)
+    windows = [(text[a:b], np.arange(int(is_start))) for is_start, (a, b) in pairs]
     heldout = np.random.default_rng(1).integers(0, VOCAB, 60)
     starts = [0, 1, 5, 30]
     expected = []
@@ -129,11 +135,12 @@ def test_ngrams_never_cross_a_boundary():
     def scores(*windows):
         return NgramModel.count(windows, VOCAB, 3).log_prob(heldout, np.array([0]))
 
-    separate = scores(*np.split(text, cuts))
+    first, *documents = np.split(text, cuts)
+    separate = scores(first, *((document, np.array([0])) for document in documents))
     np.testing.assert_array_equal(separate, scores((text, cuts)))
     np.testing.assert_array_equal(separate, scores((text, mask)))
     np.testing.assert_array_equal(scores(*text.reshape(6, 10)), scores(text.reshape(6, 10)))
-    np.testing.assert_array_equal(separate, scores((text.reshape(3, 20), np.array([21]))))
+    np.testing.assert_array_equal(separate, scores((text.reshape(3, 20), np.array([20, 21, 40]))))
     assert not np.array_equal(separate, scores(text))
 
 
@@ -143,6 +150,21 @@ def test_history_ends_at_the_document_start():
     together = model.log_prob(np.concatenate([a, b]), np.array([0, 30]))
     apart = np.concatenate([model.log_prob(a, np.array([0])), model.log_prob(b, np.array([0]))])
     np.testing.assert_array_equal(together, apart)
+
+
+def test_the_start_of_a_document_is_known_to_every_order():
+    """Nothing precedes ``1``, but that each document begins ``1 5`` is as certain for a trigram as for a bigram."""
+    rng = np.random.default_rng(13)
+    documents = [np.array([1, 5, *rng.integers(6, VOCAB, 10)]) for _ in range(200)]
+    stream, starts = np.concatenate(documents), 12 * np.arange(200)
+    model = NgramModel.count([(stream, starts)], VOCAB, 4)
+    for order in (2, 3, 4):
+        distribution = next_distribution(model.at_order(order), [1])
+        assert distribution[5] > 0.99, order
+        assert distribution.sum() == pytest.approx(1, abs=1e-9)
+    # A window that begins amid a document does not make its first token that of a document.
+    cut = NgramModel.count([stream], VOCAB, 3)
+    assert not cut._openings[1].keys.size
 
 
 def test_order_must_fit_the_key():
@@ -181,7 +203,7 @@ def test_bad_data_is_refused():
         ([np.array([0.0, 1.0])], "integer token ids"),
         (good, "integer token ids"),
         ([good.reshape(1, 2, 5)], "integer token ids"),
-        ([(good, np.array([10]))], "segment starts from 10"),
+        ([(good, np.array([10]))], "document starts from 10"),
         ([(good, np.ones(9, bool))], "boolean mask"),
         ([(good, np.array([0.0]))], "boolean mask"),
     ]:

@@ -119,7 +119,6 @@ def test_a_stopped_run_saves_and_goes_on_identically(shards, straight, tmp_path,
     assert read_status(output)["exit_code"] == 75
     assert CheckpointStore(output / "checkpoints").steps() == [5, 8]
     monkeypatch.undo()
-    (output / "STOP").unlink(missing_ok=True)
     outcome, text = train(settings)
     assert outcome == "finished"
     assert "resumed at step 8" in text
@@ -133,6 +132,31 @@ def test_resume_from_a_named_step_repeats_the_run(shards, straight, tmp_path):
     assert trajectory(tmp_path / "run") == trajectory(straight)
     with pytest.raises(CheckpointError, match="steps there: 10, 12"):
         train(settings, resume="7")
+
+
+def test_resuming_an_older_step_sets_newer_checkpoints_aside(shards, straight, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    settings = tiny_run(shards, output)
+    train(settings)
+
+    def stop_at_ten(name, *, step=None):
+        if name == "step" and step == 10:
+            (output / "STOP").touch()
+
+    monkeypatch.setattr("tnl.training.pretrain.fault_point", stop_at_ten)
+    assert train(settings, resume="10")[0] == "preempted"
+    monkeypatch.undo()
+    assert CheckpointStore(output / "checkpoints").steps() == [10, 11]
+    assert len(list((output / "checkpoints").glob("step_00000012.set-aside-*"))) == 1
+    _, text = train(settings)
+    assert "resumed at step 11" in text
+    assert trajectory(output) == trajectory(straight)
+
+
+@pytest.mark.parametrize("resume", ["none", "banana", "-1"])
+def test_a_resume_that_is_no_step_is_a_usage_error(shards, straight, resume):
+    with pytest.raises(ConfigError, match="--resume"):
+        train(tiny_run(shards, straight), resume=resume)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(shards, straight, tmp_path):
@@ -300,3 +324,34 @@ def test_wandb_offline_records_the_run_without_the_command_line(shards, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not any(b"CANARY-ARGUMENT" in p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("deepspeed.zero_optimization.reduce_bucket_sise=1", "did you mean reduce_bucket_size"),
+        ("model.vocab_size=300", "model.vocab_size"),
+        ("train.sequence_length=1000000", "train.sequence_length"),
+        ("output={folder}/r[1]", "patterns"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(shards, tmp_path, override, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(tiny_run(shards, tmp_path / "run", override.format(folder=tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_until_its_first_checkpoint_a_run_may_be_corrected(shards, tmp_path, monkeypatch):
+    fault(monkeypatch, "ckpt.begin:action=enospc")
+    with pytest.raises(CannotWriteError):
+        train(tiny_run(shards, tmp_path / "run"))
+    monkeypatch.undo()
+    assert train(tiny_run(shards, tmp_path / "run", "optimizer.lr=1e-3"))[0] == "finished"
+
+
+def test_wandb_without_a_key_is_refused_with_the_cure(shards, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="WANDB_API_KEY"):
+        train(tiny_run(shards, tmp_path / "run", "logging.wandb=online"))

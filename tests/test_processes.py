@@ -189,3 +189,19 @@ def test_a_signal_ends_the_process_with_75(folder):
     assert child.wait() == 75, text
     assert read_status(output)["state"] == "preempted"
     assert len(CheckpointStore(output / "checkpoints").steps()) == 1
+
+
+def test_a_disk_that_takes_no_more_ends_with_73_and_a_message(folder):
+    output = folder / "full"
+    command = f'ulimit -f 200; exec "{sys.executable}" -m tnl pretrain "{folder / "tiny.yaml"}" output="{output}"'
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 73, done.stdout + done.stderr
+    assert "step_00000005.tmp" in done.stderr
+    assert "free some space" in done.stderr
+    assert not list((output / "checkpoints").iterdir())
+    assert read_status(output)["exit_code"] == 73
+    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={output}")
+    text = child.communicate()[0]
+    assert child.returncode == 0, text

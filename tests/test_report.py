@@ -180,3 +180,13 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 def test_import_is_light():
     code = "import sys, tnl.tools.report; sys.exit('matplotlib' in sys.modules or 'PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    "status", ["[]", "3", "{}", '{"state": "up"}', '{"state": "up", "step": "a", "total_steps": 3}']
+)
+def test_a_status_of_another_program_is_left_out(tmp_path, status):
+    run = write_run(tmp_path / "run", [train_row(1)])
+    (run / "run_status.json").write_text(status)
+    (run / "config.yaml").write_text("train: [1, 2]\n")
+    assert not {"status", "train settings"} & {name for name, _ in report(run).rows}

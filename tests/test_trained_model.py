@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tests.tiny_corpus import tiny_shards, tiny_texts
 from tests.tiny_run import rows, tiny_run
 from tnl import cli
-from tnl.errors import CheckpointError, ConfigError, DataError
+from tnl.errors import CannotWriteError, CheckpointError, ConfigError, DataError
 from tnl.evaluation.command import evaluate_shards
 from tnl.files import sha256_of
 from tnl.generation.generate import generate_text
 from tnl.generation.load import load_model
+from tnl.tools.quickstart import _source
 from tnl.training.commit import MANIFEST, CheckpointStore
 from tnl.training.export import export_run, resolve_model
 from tnl.training.pretrain import pretrain
@@ -114,6 +115,64 @@ def test_what_is_no_model_is_refused_with_the_cure(tmp_path):
         load_model(str(tmp_path))
 
 
+def rewrite(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "the weights cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "the weights cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be loaded"),
+        (lambda folder: rewrite(folder / "config.json", decoder_attention_heads=0), "decoder_attention_heads: 0 must"),
+        (
+            lambda folder: rewrite(folder / "config.json", glu_dim=64),
+            "the weights cannot be loaded: RuntimeError: .*mismatch",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded: KeyError"),
+        (
+            lambda folder: rewrite(folder / "config.json", vocab_size="many"),
+            r"config\.json cannot be loaded: .*vocab_size",
+        ),
+        (
+            lambda folder: rewrite(
+                folder / "tokenizer_config.json",
+                tokenizer_class="Planted",
+                auto_map={"AutoTokenizer": ["planted.Planted", None]},
+            ),
+            "the tokenizer cannot be loaded without running code from that folder, which is never done",
+        ),
+    ],
+)
+def test_a_damaged_model_is_refused_with_its_name_and_runs_nothing(exported, tmp_path, monkeypatch, damage, message):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    (folder / "planted.py").write_text("raise SystemExit('remote code was run')")
+    damage(folder)
+    with pytest.raises(ConfigError, match=f"^{folder}: .*{message}"):
+        load_model(str(folder))
+
+
+def test_evaluation_refuses_what_it_cannot_do_before_it_begins(exported, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("tnl.evaluation.command.load_model", lambda *_, **__: pytest.fail("began"))
+    with pytest.raises(ConfigError, match="no split 'foo', give one of train, heldout"):
+        evaluate_shards(str(exported), shards, "foo")
+    for file in (tmp_path, tmp_path / "none" / "x.json", tmp_path / ("x" * 300)):
+        with pytest.raises(CannotWriteError, match="choose another file"):
+            evaluate_shards(str(exported), shards, json_file=file)
+    kept = tmp_path / "kept.json"
+    kept.write_text("old")
+    other = tiny_shards(tmp_path, texts=tiny_texts(seed=1), heldout_fraction=0.1)
+    monkeypatch.undo()
+    for file in (kept, tmp_path / "new.json"):
+        with pytest.raises(DataError, match="tokenizer"):
+            evaluate_shards(str(exported), other, json_file=file)
+    assert kept.read_text() == "old"
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_evaluation_refuses_shards_of_another_tokenizer(exported, tmp_path):
     other = tiny_shards(tmp_path, texts=tiny_texts(seed=1), heldout_fraction=0.1)
     with pytest.raises(DataError, match="tokenizer"):
@@ -194,7 +253,7 @@ def test_commands_on_a_run_folder(run, shards, tmp_path, capsys):
     code, text = command(capsys, "report", str(run))
     assert code == 0
     assert (run / "report/loss.png").stat().st_size > 5000
-    assert (run / "exports/step_00000012/model.safetensors").exists()
+    assert len(list(run.glob("exports/step_00000012*/model.safetensors"))) == 1
     code, text = command(capsys, "export", str(run), str(tmp_path / "model"))
     assert code == 0
     assert (tmp_path / "model/config.json").exists()
@@ -209,10 +268,14 @@ def test_quickstart_runs_from_text_to_summary_and_reuses_what_is_there(tmp_path,
         "model.vocab_size=300", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.glu_dim=48",
         "train.steps=15", "train.sequence_length=32", "schedule.warmup_steps=2", "checkpoint.every=10",
     ]  # fmt: skip
-    arguments = ["quickstart", "--text", str(texts), "--folder", str(tmp_path), *small]
+    (texts / "latin.txt").write_bytes(b"caf\xe9")
+    # What YAML would take for a comment or a mapping.
+    folder = tmp_path / "a #b: c"
+    arguments = ["quickstart", "--text", str(texts), "--folder", str(folder), "--on-bad", "skip", *small]
     code, text = command(capsys, *arguments)
     assert code == 0, text
-    run = tmp_path / "runs/quickstart-texts"
+    assert "1 bad" in text
+    (run,) = folder.glob("runs/quickstart-texts-????????")
     for part in (
         "held-out loss, TNL",
         "interpolated trigram",
@@ -231,6 +294,20 @@ def test_quickstart_runs_from_text_to_summary_and_reuses_what_is_there(tmp_path,
     assert "used as it is" in again
     assert "nothing to train" in again
     assert json.loads((run / "summary.json").read_text())["tnl"] == figures["tnl"]
+    (texts / "more.txt").write_text(tiny_texts(101)[100])
+    code, changed = command(capsys, *arguments, "--fresh", "train.steps=3")
+    assert code == 0, changed
+    assert "101 kept" in changed
+    assert "nothing to train" not in changed
+
+
+def test_quickstart_keeps_texts_of_the_same_folder_name_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [_source(Path(text), None, None)[0] for text in (tmp_path / "a/texts", tmp_path / "b/texts", "~/a/texts")]
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("quickstart-texts-") for name in names)
+    with pytest.raises(ConfigError, match="--text or --dataset"):
+        _source(None, None, "skip")
 
 
 @pytest.mark.parametrize(("make", "part"), [(None, "none"), ("empty", "empty"), ("binary", "UTF-8")])

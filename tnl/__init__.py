@@ -1,8 +1,7 @@
 """TransNormerLLM training framework.
 
-Importing this package registers the model with transformers the first time that ``tnl.model`` is needed:
-``AutoConfig`` and
-``AutoModelForCausalLM`` then load ``model_type: transnormer`` without remote code.
+`tnl.model` holds the model; importing it registers the classes with transformers' Auto classes. Importing `tnl` alone
+imports neither torch nor transformers.
 """
 
 __version__ = "0.1.0"

@@ -26,6 +26,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
 
+# What a disk or its owner answers; anything else is a defect of ours.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+
 Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one, such as pretrain/quickstart.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, such as train.steps=100.", show_default=False)
@@ -61,6 +64,19 @@ def data_prepare(
     from tnl.data.settings import PrepareSettings
 
     prepare(configuration.load(PrepareSettings, config, overrides), report=print, fresh=fresh)
+
+
+@data_app.command("verify")
+def data_verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
+    """Check that every byte of prepared shards is as it was written.
+
+    Example:
+
+        tnl data verify data/quickstart
+    """
+    from tnl.data.shards import verify
+
+    print(f"{folder}: {verify(folder.expanduser()):,} bytes verified")
 
 
 @app.command()
@@ -109,7 +125,7 @@ def evaluate(
 
         tnl evaluate runs/quickstart --data data/quickstart
 
-        tnl evaluate OpenNLPLab/TransNormerLLM-385M --data data/mine --max-tokens 100000
+        tnl evaluate my-model --data data/quickstart --max-tokens 100000 --json figures.json
     """
     from tnl.evaluation.command import evaluate_shards
     from tnl.training.export import resolve_model
@@ -135,20 +151,19 @@ def generate(
 
         tnl generate runs/quickstart --prompt "import os" --temperature 0 --max-new-tokens 50
     """
-    from tnl.generation.generate import generate_text
+    from tnl.generation.generate import check_request, generate_text
     from tnl.generation.load import load_model
     from tnl.training.export import resolve_model
 
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_request(prompt, **options)
     network, tokenizer = load_model(resolve_model(model))
     print(prompt, end="", flush=True)
     generate_text(
         network,
         tokenizer,
         prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        **options,
         seed=seed,
         on_text=lambda text: print(text, end="", flush=True),
     )
@@ -198,6 +213,10 @@ def quickstart(
     dataset: Annotated[str | None, typer.Option(help="Train on this dataset of the Hugging Face hub.")] = None,
     folder: Annotated[Path, typer.Option(help="Where data and runs are written.")] = Path("."),
     config: Annotated[str, typer.Option(help="Training configuration.")] = "pretrain/quickstart",
+    fresh: Annotated[bool, typer.Option(help="Prepare the text and train anew; an older run is moved aside.")] = False,
+    on_bad: Annotated[
+        str | None, typer.Option(help="skip: leave out texts that are malformed; default: end with an error.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """From raw text to a trained, evaluated, talking model: tokenizer, shards, training, evaluation, three prompts.
@@ -208,11 +227,19 @@ def quickstart(
 
         tnl quickstart
 
-        tnl quickstart --text ~/books --folder /tmp/books
+        tnl quickstart --text ~/books --folder /tmp/books --on-bad skip
     """
     from tnl.tools.quickstart import quickstart as run
 
-    run(text=text, dataset=dataset, folder=folder, config=config, overrides=overrides or [])
+    run(
+        text=text,
+        dataset=dataset,
+        folder=folder,
+        config=config,
+        overrides=overrides or [],
+        fresh=fresh,
+        on_bad=on_bad,
+    )
 
 
 def main() -> None:
@@ -226,9 +253,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in DISK_ERRORS or error.filename is None:
             _end_internal()
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space and try again", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; make room or make it accessible", file=sys.stderr)
         sys.exit(EXIT_CANNOT_WRITE)
     except Exception:
         _end_internal()

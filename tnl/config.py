@@ -207,16 +207,19 @@ def validate(model: type[SettingsT], tree: dict, source: str) -> SettingsT:
     return settings
 
 
-def load(model: type[SettingsT], path: str | Path, overrides: list[str] | None = None) -> SettingsT:
+def load(
+    model: type[SettingsT], path: str | Path, overrides: list[str] | None = None, values: dict | None = None
+) -> SettingsT:
     """Read, merge and validate a configuration file.
 
-    A ``model.preset`` key is replaced by the values of that file under ``configs/model``.
+    A ``model.preset`` key is replaced by the values of that file under ``configs/model``. ``values``, a tree as it
+    would stand in a YAML file, goes over the file and under the overrides: a program need not write YAML.
 
     Raises:
         ConfigError: see `find_config`, `read_yaml`, `parse_overrides`, `validate`.
     """
     file = find_config(path)
-    tree = merge(read_yaml(file), parse_overrides(overrides or []))
+    tree = merge(merge(read_yaml(file), values or {}), parse_overrides(overrides or []))
     section = tree.get("model")
     if isinstance(section, dict) and isinstance(section.get("preset"), str):
         tree["model"] = merge(_read_preset(section["preset"], str(file)), section)

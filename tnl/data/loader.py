@@ -16,9 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tnl.data.permutation import permute
 from tnl.data.shards import ShardSet
 from tnl.errors import ConfigError, DataError
-
-# The label that the loss ignores (torch.nn.functional.cross_entropy's default).
-IGNORED = -100
+from tnl.model.loss import IGNORE_INDEX
 
 
 class Windows:
@@ -27,11 +25,11 @@ class Windows:
     def __init__(self, shards: ShardSet, seq_len: int, seed: int) -> None:
         """Raises `ConfigError` for ``seq_len`` < 2 and `DataError` when ``shards`` do not fill one window."""
         if seq_len < 2:
-            raise ConfigError(f"train.seq_len: {seq_len} predicts no token; set it to at least 2")
+            raise ConfigError(f"train.sequence_length: {seq_len} predicts no token; set it to at least 2")
         if shards.num_tokens < seq_len:
             raise DataError(
                 f"{shards.folder}: {shards.num_tokens} tokens in split {shards.split} do not fill one window of "
-                f"train.seq_len {seq_len}; give more text or a smaller train.seq_len"
+                f"train.sequence_length {seq_len}; give more text or a smaller train.sequence_length"
             )
         self.shards, self.seq_len = shards, seq_len
         self.num_windows = (shards.num_tokens - 1) // (seq_len - 1)
@@ -88,7 +86,7 @@ class _MicroBatches(Dataset):
         cu_seqlens = np.unique(np.concatenate(bounds))
         input_ids = torch.from_numpy(tokens.reshape(1, -1))  # [1, micro_batch * seq_len]
         labels = input_ids.clone()
-        labels[0, cu_seqlens[:-1]] = IGNORED
+        labels[0, cu_seqlens[:-1]] = IGNORE_INDEX
         cu_seqlens = torch.from_numpy(cu_seqlens.astype(np.int32))
         return {"input_ids": input_ids, "labels": labels, "cu_seqlens": cu_seqlens, "sample_ids": sample_ids}
 

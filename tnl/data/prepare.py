@@ -12,6 +12,7 @@ from tnl.data.settings import PrepareSettings
 from tnl.data.shard_format import INDEX_FILE, SPLITS, TOKENIZER_FILE, ShardIndex
 from tnl.data.shard_writer import ShardWriter
 from tnl.data.shards import ShardSet
+from tnl.data.sources import local_size
 from tnl.data.tokenizer import Tokenizer, train_tokenizer
 from tnl.errors import CannotWriteError, DataError
 
@@ -33,6 +34,7 @@ def prepare(settings: PrepareSettings, report: Callable[[str], None] = print, fr
     if model is not None:
         recorded["tokenizer"]["model"] = hashlib.sha256(model).hexdigest()
     if _is_prepared(output, fresh) and _reusable(output, recorded, report):
+        _warn_of_changes(settings, output, report)
         return output
     began = time.monotonic()
     try:
@@ -51,8 +53,13 @@ def prepare(settings: PrepareSettings, report: Callable[[str], None] = print, fr
 
 def _is_prepared(output: Path, fresh: bool) -> bool:
     """Whether ``output`` holds shards to use again; raises for a folder that is neither that nor empty."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return False
+    except OSError as error:
+        raise CannotWriteError(
+            f"{output}: cannot be opened ({error.strerror}); set output to another folder"
+        ) from error
     if not (output / INDEX_FILE).is_file():
         raise DataError(f"{output}: exists and is not a folder of shards; set output to another folder")
     return not fresh
@@ -75,10 +82,22 @@ def _reusable(output: Path, recorded: dict, report: Callable[[str], None]) -> bo
     return True
 
 
+def _warn_of_changes(settings: PrepareSettings, output: Path, report: Callable[[str], None]) -> None:
+    """Tell when the files of the source are not those that ``output`` was made from, as far as their sizes show it."""
+    counts = ShardIndex.read(output).counts
+    size = local_size(settings.source)
+    if size is not None and "files" in counts and size != (counts["files"], counts["file_bytes"]):
+        report(
+            f"warning: {output}: the text has changed since ({counts['files']:,} files of {counts['file_bytes']:,} "
+            f"bytes then, {size[0]:,} of {size[1]:,} now); --fresh prepares it again"
+        )
+
+
 def _write(
     settings: PrepareSettings, recorded: dict, model: bytes | None, folder: Path, report: Callable[[str], None]
 ) -> None:
     """Fill ``folder`` with shards, tokenizer and index."""
+    size = local_size(settings.source)
     corpus = Corpus(settings)
     if settings.source.max_bytes is not None:
         corpus.limit(settings.source.max_bytes)
@@ -104,7 +123,7 @@ def _write(
         settings.add_bos,
         settings.add_eos,
         settings=recorded,
-        counts=corpus.counts,
+        counts=corpus.counts | ({} if size is None else {"files": size[0], "file_bytes": size[1]}),
     )
     _write_durably(folder / INDEX_FILE, index.dump().encode())
     _report_counts(index, corpus.messages, settings.heldout_fraction, report)

@@ -26,14 +26,17 @@ class ScratchFolder:
     def publish(self, replace: bool) -> bool:
         """Rename ``content`` to the output; False when a folder with files is there and is not to be replaced."""
         fsync_folder(self.content)
+        replaced = self._folder / _REPLACED
         if replace and self._output.exists():
             # Should the process be killed between the two renames, the next run finds no output and prepares it again.
-            os.rename(self._output, self._folder / _REPLACED)
+            os.rename(self._output, replaced)
         try:
             os.rename(self.content, self._output)
         except OSError:
             if self._output.is_dir() and any(self._output.iterdir()):
                 return False
+            if replaced.exists():
+                os.rename(replaced, self._output)
             raise
         fsync_folder(self._output.parent)
         return True

@@ -1,10 +1,21 @@
 """Settings of data preparation (`tnl data prepare`) and of the training data section."""
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tnl.settings import Settings
+
+
+def _user_path(path: str) -> str:
+    """``path`` with ``~`` expanded, as a shell would have done."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold a NUL character")
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
 class UserSource(Settings):
@@ -24,7 +35,7 @@ class TextSource(UserSource):
     """A text file, or all files with one of ``suffixes`` below a folder; one document each."""
 
     kind: Literal["text"]
-    path: str
+    path: UserPath
     suffixes: Annotated[list[str], Field(min_length=1, default_factory=lambda: [".txt", ".md"])]
 
 
@@ -32,7 +43,7 @@ class JsonlSource(UserSource):
     """A JSON Lines file, or all ``*.jsonl`` files below a folder; one document per line."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: UserPath
     text_field: str = "text"
 
 
@@ -40,7 +51,7 @@ class DatasetSource(UserSource):
     """A dataset of the Hugging Face hub, or a local folder that the `datasets` library reads."""
 
     kind: Literal["dataset"]
-    path: str
+    path: UserPath
     config: str | None = None
     split: str = "train"
     streaming: bool = False
@@ -60,7 +71,7 @@ Source = Annotated[TextSource | JsonlSource | DatasetSource | StdlibSource, Fiel
 class TokenizerSettings(Settings):
     """``model``, a sentencepiece file, or ``vocab_size`` to train one on ``sample_bytes`` of the train split."""
 
-    model: str | None = None
+    model: UserPath | None = None
     vocab_size: Annotated[int, Field(gt=0)] | None = None
     sample_bytes: Annotated[int, Field(gt=0)] = 10_000_000
     character_coverage: Annotated[float, Field(gt=0, le=1)] = 0.9995
@@ -80,7 +91,7 @@ class PrepareSettings(Settings):
 
     source: Source
     tokenizer: TokenizerSettings
-    output: str
+    output: UserPath
     shard_tokens: Annotated[int, Field(gt=0)] = 2**26
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     add_bos: bool = True
@@ -95,6 +106,6 @@ class DataSettings(Settings):
     ``packing`` keeps documents apart (state and prediction restart at each); without it a window is one text.
     """
 
-    shards: str
+    shards: UserPath
     packing: bool = True
     num_workers: Annotated[int, Field(ge=0)] = 0

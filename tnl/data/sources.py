@@ -11,6 +11,7 @@ from tnl.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _NOT_CORPUS = {"site-packages", "dist-packages", "__pycache__"}
+_JSONL = [".jsonl"]
 _SHOWN_CHARACTERS = 80
 _MESSAGES_KEPT = 5
 
@@ -61,7 +62,7 @@ def show(data: str | bytes) -> str:
 def _bad(source: UserSource | StdlibSource, counts: SourceCounts, message: str, cure: str) -> None:
     """Count one bad record, or raise for it when the user did not ask to skip."""
     if isinstance(source, UserSource) and source.on_bad == "error":
-        raise DataError(f"{message}; {cure} or set source.on_bad: skip")
+        raise DataError(f"{message}; {cure} or set source.on_bad: skip (of tnl quickstart: --on-bad skip)")
     counts.bad += 1
     if len(counts.messages) < _MESSAGES_KEPT:
         counts.messages.append(message)
@@ -112,14 +113,36 @@ def _read_text(
 def _files_below(path: str, suffixes: list[str]) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files: ``path`` itself or those below it, sorted by name."""
     root = Path(path)
-    if root.is_file():
-        return root.parent, [root]
-    if not root.is_dir():
+    try:
+        if root.is_file():
+            return root.parent, [root]
+        found = root.is_dir()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); correct source.path") from error
+    if not found:
         raise DataError(f"{path}: no such file or folder; correct source.path")
     files = [file for file in root.rglob("*") if file.suffix in suffixes and file.is_file()]
     if not files:
         raise DataError(f"{path}: no file with suffix {', '.join(suffixes)}; correct source.path or the suffixes")
     return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def local_size(source: Source) -> tuple[int, int] | None:
+    """Number of files and their total bytes as they are now, 0 of both for a source that is gone; None for a dataset,
+    whose size is not known without reading it."""
+    try:
+        match source:
+            case TextSource():
+                _, files = _files_below(source.path, source.suffixes)
+            case JsonlSource():
+                _, files = _files_below(source.path, _JSONL)
+            case StdlibSource():
+                _, files = _stdlib_files()
+            case _:
+                return None
+    except DataError:
+        return 0, 0
+    return len(files), sum(file.stat().st_size for file in files)
 
 
 def _text_documents(source: TextSource, counts: SourceCounts) -> Iterator[tuple[str, str]]:
@@ -130,10 +153,14 @@ def _stdlib_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _stdlib_documents(source: StdlibSource, counts: SourceCounts) -> Iterator[tuple[str, str]]:
+def _stdlib_files() -> tuple[Path, list[Path]]:
+    """As `_files_below`, without what was installed into the library."""
     root, files = _files_below(str(_stdlib_folder()), [".py"])
-    own = [file for file in files if not _NOT_CORPUS & set(file.relative_to(root).parts)]
-    return _read_text(source, counts, root, own)
+    return root, [file for file in files if not _NOT_CORPUS & set(file.relative_to(root).parts)]
+
+
+def _stdlib_documents(source: StdlibSource, counts: SourceCounts) -> Iterator[tuple[str, str]]:
+    return _read_text(source, counts, *_stdlib_files())
 
 
 def _reject_constant(name: str) -> None:
@@ -190,7 +217,7 @@ def _jsonl_lines(source: JsonlSource, counts: SourceCounts, file: Path) -> Itera
 
 
 def _jsonl_documents(source: JsonlSource, counts: SourceCounts) -> Iterator[tuple[str, str]]:
-    root, files = _files_below(source.path, [".jsonl"])
+    root, files = _files_below(source.path, _JSONL)
     for file in files:
         try:
             for number, offset, line in _jsonl_lines(source, counts, file):

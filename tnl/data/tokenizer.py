@@ -101,12 +101,16 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
-        """``model``: content of a model file, ``name``: what errors call it; raises `DataError` if it loses text."""
+        """``model``: content of a model file, ``name``: what errors call it.
+
+        Raises `DataError` if it loses text or is not BPE, the one type that `tokenizer_export` can write.
+        """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.get_piece_size()
         except RuntimeError as error:
             raise DataError(f"{name}: not a sentencepiece model; give the tokenizer.model that belongs here") from error
+        _check_type(model, name)
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.unk_id, self.bos_id, self.eos_id = (
             self._processor.unk_id(),
@@ -155,6 +159,14 @@ class Tokenizer:
             batch.append(ids)
         return batch
 
+    def num_bytes(self, i: int) -> int:
+        """UTF-8 bytes of text that the id ``i`` stands for; 0 for bos, eos and the like."""
+        if self._processor.is_byte(i):
+            return 1
+        if self._processor.is_control(i) or self._processor.is_unknown(i):
+            return 0
+        return len(self._processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
+
     def _parts(self, text: str) -> list[str]:
         """``text`` cut before ends of lines such that the ids stay the same."""
         parts, start = [], 0
@@ -166,3 +178,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bos and eos give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode([int(i) for i in ids])
+
+
+def _check_type(model: bytes, name: str) -> None:
+    import sentencepiece.sentencepiece_model_pb2 as protobuf
+
+    kind = protobuf.ModelProto.FromString(model).trainer_spec.model_type
+    if kind != protobuf.TrainerSpec.BPE:
+        found = protobuf.TrainerSpec.ModelType.Name(kind).lower()
+        raise DataError(f"{name}: a {found} model; only BPE models can be used, as tokenizer.vocab_size trains one")

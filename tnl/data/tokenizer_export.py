@@ -40,8 +40,6 @@ def export_tokenizer(model_path: str | Path, folder: str | Path, add_bos: bool, 
 
     tokenizer = Tokenizer.load(model_path)
     proto = protobuf.ModelProto.FromString(Path(model_path).read_bytes())
-    if proto.trainer_spec.model_type != protobuf.TrainerSpec.BPE:
-        raise DataError(f"{model_path}: only BPE models can be exported; this one has another type")
     kinds = protobuf.ModelProto.SentencePiece
     # Pieces hold a plain space instead of the mark. The mark in a text is then unknown and becomes bytes, as in
     # `Tokenizer`.
@@ -82,7 +80,7 @@ def export_tokenizer(model_path: str | Path, folder: str | Path, add_bos: bool, 
         shutil.copyfile(model_path, Path(scratch, "tokenizer.model"))
         fast.save(str(Path(scratch, "tokenizer.json")))
         Path(scratch, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        loaded = transformers.AutoTokenizer.from_pretrained(scratch)
+        loaded = transformers.AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         prefix = [tokenizer.bos_id] if add_bos else []
         for text in (*_SAMPLES, *samples):
             expected = prefix + tokenizer.encode(text)

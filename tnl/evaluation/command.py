@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary, file_sha256
-from tnl.errors import CannotWriteError, DataError
+from tnl.data.shard_format import SPLITS, TOKENIZER_FILE, file_sha256
+from tnl.data.shards import ShardSet, check_vocabulary
+from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.evaluation.heldout import HeldoutLoss, heldout_loss
 from tnl.generation.load import load_model
 
@@ -28,9 +29,15 @@ def evaluate_shards(
 
     Raises:
         DataError: the shards are damaged, or tokenized by another tokenizer than the model's.
-        ConfigError: the model cannot be loaded.
-        CannotWriteError: ``json_file`` cannot be written.
+        ConfigError: there is no such split, or the model cannot be loaded.
+        CannotWriteError: ``json_file`` cannot be written; found out before the evaluation.
     """
+    if split not in SPLITS:
+        raise ConfigError(f"split: no split {split!r}, give one of {', '.join(SPLITS)}")
+    data = data.expanduser()
+    if json_file is not None:
+        json_file = json_file.expanduser()
+        _check_writable(json_file)
     shards = ShardSet.open(data, split)
     model, _ = load_model(model_name, dtype=torch.float32 if not torch.cuda.is_available() else None)
     _check_tokenizer(model_name, shards)
@@ -54,6 +61,17 @@ def evaluate_shards(
         except OSError as error:
             raise CannotWriteError(f"{json_file}: {error.strerror}; choose another file") from None
     return result
+
+
+def _check_writable(file: Path) -> None:
+    """Open ``file`` for writing without changing it, or leaving it when it is not there."""
+    try:
+        is_new = not file.exists()
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise CannotWriteError(f"{file}: {error.strerror}; choose another file") from None
 
 
 def _check_tokenizer(model_name: str, shards: ShardSet) -> None:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from tnl.data.shard_format import TOKENIZER_FILE
 from tnl.data.shards import ShardSet
+from tnl.data.tokenizer import Tokenizer
 from tnl.model.loss import IGNORE_INDEX
 from tnl.model.state import TransnormerState
 
@@ -19,7 +21,7 @@ class HeldoutLoss:
     loss_sum: float  # nats
     num_predicted: int
     num_tokens: int
-    num_bytes: int | None  # UTF-8 bytes of the text; None when only part of the split was read
+    num_bytes: int | None  # UTF-8 bytes that the predicted tokens stand for; None when only part of the split was read
 
     @property
     def loss(self) -> float:
@@ -33,7 +35,7 @@ class HeldoutLoss:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """All bits over all bytes of text: independent of the tokenizer."""
+        """All bits over all bytes that were predicted: independent of the tokenizer."""
         return self.loss_sum / math.log(2) / self.num_bytes if self.num_bytes else None
 
     def row(self) -> dict:
@@ -92,6 +94,15 @@ def _carried(state: TransnormerState | None, segment: Segment) -> TransnormerSta
     return fresh
 
 
+def _predicted_bytes(shards: ShardSet) -> int:
+    """UTF-8 bytes of a split but those of each document's first token, which nothing predicts; bos has none."""
+    if shards.index.add_bos:
+        return shards.num_bytes
+    tokenizer = Tokenizer.load(shards.folder / TOKENIZER_FILE)
+    starts = shards.document_starts(0, shards.num_tokens).tolist()
+    return shards.num_bytes - sum(tokenizer.num_bytes(int(shards.tokens(i, i + 1)[0])) for i in starts)
+
+
 @torch.no_grad()
 def heldout_loss(
     model: torch.nn.Module,
@@ -141,5 +152,5 @@ def heldout_loss(
         predicted += output.num_tokens.item()
     model.train(was_training)
     loss_sum, predicted = all_reduce([loss_sum, float(predicted)])
-    num_bytes = shards.num_bytes if total == shards.num_tokens else None
+    num_bytes = _predicted_bytes(shards) if total == shards.num_tokens else None
     return HeldoutLoss(loss_sum, int(predicted), total, num_bytes)

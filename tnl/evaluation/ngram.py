@@ -6,7 +6,10 @@ The model of order n, with history ``h`` (the n-1 tokens before) and ``h'`` (``h
 
 where ``c`` are raw counts at the highest order and continuation counts ``N1+(. h w)`` (how many different tokens stand
 to the left) below it, and ``gamma(h)`` is the mass that the discounts ``D`` set free (Kneser & Ney 1995; modified form
-with three discounts by Chen & Goodman 1999). An unseen history has ``gamma = 1``.
+with three discounts by Chen & Goodman 1999). An unseen history has ``gamma = 1``. Nothing stands to the left of a
+document's first token, and the scores there come from the lower orders: each occurrence of ``h w`` (``h`` not empty)
+at a document's start adds one to ``N1+(. h w)``. Where documents begin with a symbol of their own, those counts are the
+raw ones (Heafield et al. 2013, "Scalable Modified Kneser-Ney Language Model Estimation", section 3).
 
 An n-gram is one uint64: the ids packed side by side, the oldest in the highest bits. Sorted keys therefore keep the
 n-grams of one history together, and every look-up is a binary search.
@@ -29,13 +32,14 @@ KEY_BITS = 64
 class NgramModel:
     """An interpolated Kneser-Ney model of one order; made by `NgramModel.count`, never changed afterwards."""
 
-    def __init__(self, vocab_size: int, counts: Sequence[_Counts]):
-        """``counts[k - 1]``: the raw counts of the k-grams, for k = 1 ... order."""
+    def __init__(self, vocab_size: int, counts: Sequence[_Counts], openings: Sequence[_Counts]):
+        """``counts[k - 1]``: the raw counts of the k-grams, for k = 1 ... order; ``openings[k - 1]``: of those
+        of them that begin a document."""
         self.vocab_size = vocab_size
         self.order = len(counts)
-        self._counts = list(counts)
+        self._counts, self._openings = list(counts), list(openings)
         self._bits = _token_bits(vocab_size)
-        lower = [_continuation_counts(counts[k], k * self._bits) for k in range(1, self.order)]
+        lower = [_continuation_counts(counts[k], openings[k - 1], k * self._bits) for k in range(1, self.order)]
         self._levels = [_discount(level, self._bits) for level in [*lower, counts[-1]]]
 
     @classmethod
@@ -43,8 +47,9 @@ class NgramModel:
         """Count the n-grams of ``windows`` and return the model of the given order.
 
         ``windows``: each an integer array ``[T]`` or ``[N, T]`` (rows are windows) of consecutive token ids, or a pair
-        of such an array and its segment starts: a boolean mask of the same shape, or positions in the flattened array.
-        N-grams cross neither windows, nor rows, nor segment starts. All tokens are held at once, at 5 bytes each,
+        of such an array and its document starts: a boolean mask of the same shape, or positions in the flattened array.
+        N-grams cross neither windows, nor rows, nor document starts; a row begins amid a document unless its first
+        token is given as a start. All tokens are held at once, at 6 bytes each,
         beside one order's keys of 8 bytes.
 
         Raises ConfigError if ``order`` packed ids of this vocabulary do not fit a uint64, DataError for ids outside of
@@ -56,18 +61,20 @@ class NgramModel:
                 f"n-gram order {order} with a vocabulary of {vocab_size}: choose an order from 1 to {KEY_BITS // bits}"
                 f" ({bits} bits a token, {KEY_BITS} bits a key)"
             )
-        tokens, depths = [np.empty(0, np.uint32)], [np.empty(0, np.uint8)]
+        tokens, depths, begins = [np.empty(0, np.uint32)], [np.empty(0, np.uint8)], [np.empty(0, bool)]
         for window in windows:
             ids, starts = window if isinstance(window, tuple) else (window, None)
             ids = _checked_tokens(ids, vocab_size, max_ndim=2)
             tokens.append(ids.ravel())
-            depths.append(_depths(ids.shape, starts, order))
-        tokens, depths = np.concatenate(tokens), np.concatenate(depths)  # [total tokens]
+            begins.append(_document_starts(ids.shape, starts))
+            depths.append(_depths(ids.shape, begins[-1], order))
+        tokens, depths, begins = map(np.concatenate, (tokens, depths, begins))  # [total tokens]
         if not (depths == order - 1).any():
             raise DataError(
                 f"no {order}-gram to count in {tokens.size} tokens: pass windows of at least {order} tokens"
             )
-        return cls(vocab_size, [_raw_counts(tokens, depths, k, bits) for k in range(1, order + 1)])
+        counted = [_raw_counts(tokens, depths, begins, k, bits) for k in range(1, order + 1)]
+        return cls(vocab_size, *zip(*counted, strict=True))
 
     def at_order(self, order: int) -> NgramModel:
         """The model of a lower order from the same counts: the bigram of a trigram costs no second pass over the data.
@@ -76,7 +83,7 @@ class NgramModel:
         """
         if not 1 <= order <= self.order:
             raise ConfigError(f"n-gram order {order} was not counted: choose one from 1 to {self.order}")
-        return NgramModel(self.vocab_size, self._counts[:order])
+        return NgramModel(self.vocab_size, self._counts[:order], self._openings[:order])
 
     def log_prob(self, tokens: np.ndarray, document_starts: np.ndarray) -> np.ndarray:
         """Log-probability in nats of every token but the first of each document, in the order of the text.
@@ -91,7 +98,8 @@ class NgramModel:
         """
         tokens = _checked_tokens(tokens, self.vocab_size, max_ndim=1)
         # At least 2, so that first tokens (depth 0) can be told from the others when the order is 1.
-        depths = _depths(tokens.shape, document_starts, max(self.order, 2))
+        begins = _document_starts(tokens.shape, document_starts)
+        depths = _depths(tokens.shape, begins, max(self.order, 2))
         scored = np.flatnonzero(depths)  # [S]
         if not scored.size:
             raise DataError(f"no token to score in {tokens.size} tokens: every one is the first of its document")
@@ -172,40 +180,56 @@ def _checked_tokens(tokens: np.ndarray, vocab_size: int, max_ndim: int) -> np.nd
     return tokens.astype(np.uint32)
 
 
-def _depths(shape: tuple[int, ...], starts: np.ndarray | None, order: int) -> np.ndarray:
-    """How many tokens of its own segment stand before each token, at most ``order - 1``: uint8, flattened."""
+def _document_starts(shape: tuple[int, ...], starts: np.ndarray | None) -> np.ndarray:
+    """``starts``, positions or a mask of ``shape``, as a boolean mask, flattened; None gives none."""
+    is_start = np.zeros(shape, bool).ravel()
+    if starts is None:
+        return is_start
+    starts = np.asarray(starts)
+    if starts.dtype == bool and starts.shape == shape:
+        return starts.ravel()
+    if starts.dtype.kind not in "iu" or starts.ndim != 1:
+        found = f"{starts.dtype} of shape {starts.shape}"
+        raise DataError(f"document starts are {found}: pass positions [N] or a boolean mask {shape}")
+    if starts.size and (starts.min() < 0 or starts.max() >= is_start.size):
+        raise DataError(f"document starts from {starts.min()} to {starts.max()} in {is_start.size} tokens")
+    is_start[starts] = True
+    return is_start
+
+
+def _depths(shape: tuple[int, ...], begins: np.ndarray, order: int) -> np.ndarray:
+    """How many tokens of its own row and document stand before each token, at most ``order - 1``: uint8, flattened."""
     is_start = np.zeros(shape, bool)
     is_start[..., :1] = True
-    is_start = is_start.ravel()
-    if starts is not None:
-        starts = np.asarray(starts)
-        if starts.dtype == bool and starts.shape == shape:
-            is_start |= starts.ravel()
-        elif starts.dtype.kind in "iu" and starts.ndim == 1:
-            if starts.size and (starts.min() < 0 or starts.max() >= is_start.size):
-                raise DataError(f"segment starts from {starts.min()} to {starts.max()} in {is_start.size} tokens")
-            is_start[starts] = True
-        else:
-            found = f"{starts.dtype} of shape {starts.shape}"
-            raise DataError(f"segment starts are {found}: pass positions [N] or a boolean mask {shape}")
+    is_start = is_start.ravel() | begins
     places = np.arange(is_start.size)
     last_start = np.maximum.accumulate(np.where(is_start, places, 0))
     return np.minimum(places - last_start, order - 1).astype(np.uint8)
 
 
-def _raw_counts(tokens: np.ndarray, depths: np.ndarray, k: int, bits: int) -> _Counts:
-    """Occurrences of each k-gram; one that would reach over a segment's start is none."""
+def _raw_counts(
+    tokens: np.ndarray, depths: np.ndarray, begins: np.ndarray, k: int, bits: int
+) -> tuple[_Counts, _Counts]:
+    """Occurrences of each k-gram, and of those among them that begin a document; one that would reach over a start is
+    none."""
     ends = np.flatnonzero(depths >= k - 1)
     keys = np.zeros(ends.size, np.uint64)
     for back in range(k):
         keys |= tokens[ends - back].astype(np.uint64) << np.uint64(back * bits)
-    return _Counts(*np.unique(keys, return_counts=True))
+    # A document's first token is never predicted, so as a unigram it takes no probability from others.
+    openings = keys[begins[ends - (k - 1)]] if k > 1 else keys[:0]
+    return _Counts(*np.unique(keys, return_counts=True)), _Counts(*np.unique(openings, return_counts=True))
 
 
-def _continuation_counts(longer: _Counts, key_bits: int) -> _Counts:
-    """``N1+(. g)``: how many different tokens precede each n-gram ``g`` of ``key_bits`` bits."""
+def _continuation_counts(longer: _Counts, openings: _Counts, key_bits: int) -> _Counts:
+    """``N1+(. g)``: how many different tokens precede each n-gram ``g`` of ``key_bits`` bits, a document's start
+    counted each time."""
     without_oldest = longer.keys & np.uint64((1 << key_bits) - 1)
-    return _Counts(*np.unique(without_oldest, return_counts=True))
+    preceded = _Counts(*np.unique(without_oldest, return_counts=True))
+    keys, places = np.unique(np.concatenate([preceded.keys, openings.keys]), return_inverse=True)
+    counts = np.zeros(keys.size, np.int64)
+    np.add.at(counts, places, np.concatenate([preceded.counts, openings.counts]))
+    return _Counts(keys, counts)
 
 
 def _discount(table: _Counts, bits: int) -> _Level:

@@ -7,6 +7,27 @@ import torch
 from tnl.errors import ConfigError
 
 
+def check_request(prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse what `generate_text` cannot do, before a model is loaded for it.
+
+    Raises:
+        ConfigError: a value out of range, or a prompt that is no text.
+    """
+    for name, value, ok, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not ok:
+            raise ConfigError(f"{name}: must be {allowed}, got {value}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        raise ConfigError(f"prompt: is not UTF-8 text at character {error.start}; give it in UTF-8") from None
+
+
 def generate_text(
     model,
     tokenizer,
@@ -28,18 +49,11 @@ def generate_text(
         on_text: called with each piece of text as soon as it is complete.
 
     Raises:
-        ConfigError: a value out of range, or a prompt without tokens.
+        ConfigError: see `check_request`; or a prompt without tokens.
     """
     from transformers import TextStreamer
 
-    for name, value, ok, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not ok:
-            raise ConfigError(f"{name}: must be {allowed}, got {value}")
+    check_request(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
         raise ConfigError("prompt: is empty, and this tokenizer adds no beginning-of-text token; give some text")

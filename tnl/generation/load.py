@@ -6,7 +6,7 @@ from tnl.errors import ConfigError
 
 
 def load_model(name: str, *, dtype: torch.dtype | None = None):
-    """Model in evaluation mode on the GPU if there is one, and its tokenizer.
+    """Model in evaluation mode on the GPU if there is one, and its tokenizer; code that a folder brings is never run.
 
     Args:
         name: model folder or hub name of a TNL model.
@@ -21,16 +21,28 @@ def load_model(name: str, *, dtype: torch.dtype | None = None):
     import tnl.model
 
     disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    config = _load(AutoConfig, name, "config.json")
     if not isinstance(config, tnl.model.TransnormerConfig):
         raise ConfigError(f"{name}: model_type {config.model_type!r}, expected transnormer")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    model = _load(AutoModelForCausalLM, name, "the weights", dtype=dtype or "auto")
+    tokenizer = _load(AutoTokenizer, name, "the tokenizer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def _load(loader, name: str, part: str, **options):
+    """``loader.from_pretrained(name)`` without remote code; ``part`` is what it reads, for the error."""
+    # The library and those below it raise a dozen types for one fact: these files cannot be read as a model.
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        reason = kind + str(error).strip()
+    if "trust_remote_code" in reason:
+        raise ConfigError(
+            f"{name}: {part} cannot be loaded without running code from that folder, which is never done; give a "
+            "folder that tnl export wrote"
+        )
+    raise ConfigError(
+        f"{name}: {part} cannot be loaded: {reason.splitlines()[0]}; correct it, or export or download the model again"
+    )

@@ -4,6 +4,8 @@ from transformers import PreTrainedConfig
 
 from tnl.model.decay import DECAYS
 
+_SIZES = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim")
+
 
 class TransnormerConfig(PreTrainedConfig):
     """Configuration of `TransnormerModel`.
@@ -65,8 +67,10 @@ class TransnormerConfig(PreTrainedConfig):
             self.hidden_dim = self.decoder_embed_dim
         if self.linear_use_lrpe_list is None:
             self.linear_use_lrpe_list = [1]
-        problems = []
-        if self.hidden_dim % self.decoder_attention_heads:
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        wrong = {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}
+        problems = [f"{name}: {size!r} must be a whole number of at least 1" for name, size in wrong.items()]
+        if not wrong and self.hidden_dim % self.decoder_attention_heads:
             problems.append(
                 f"decoder_attention_heads: {self.decoder_attention_heads} does not divide {self.hidden_dim}"
             )
@@ -78,7 +82,7 @@ class TransnormerConfig(PreTrainedConfig):
             problems.append(f"decay: {self.decay!r} is unknown, use one of {', '.join(DECAYS)}")
         if self.bias:
             problems.append("bias: true is not supported, no TransNormerLLM has biases")
-        if len(self.linear_use_lrpe_list) > self.decoder_layers:
+        if not wrong and len(self.linear_use_lrpe_list) > self.decoder_layers:
             problems.append(
                 f"linear_use_lrpe_list: {len(self.linear_use_lrpe_list)} entries for {self.decoder_layers} layers"
             )

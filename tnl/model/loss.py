@@ -67,4 +67,7 @@ def linear_cross_entropy(
         The loss sum, fp32 scalar with gradients to ``hidden`` and ``weight``, and the number of labelled rows, int64
         scalar.
     """
+    if not torch.is_grad_enabled():
+        # Otherwise a parameter asks for its gradient all the same, which is most of the work.
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels), (labels != IGNORE_INDEX).sum()

@@ -1,18 +1,20 @@
 """The main job on one machine: text -> tokenizer -> shards -> pretraining -> evaluation -> three continuations ->
 summary."""
 
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 
 from tnl import config as configuration
-from tnl.data.loader import TrainLoader
 from tnl.data.prepare import prepare
 from tnl.data.settings import PrepareSettings
 from tnl.data.shard_format import ShardIndex
 from tnl.data.shards import ShardSet
+from tnl.data.sources import local_size
 from tnl.data.tokenizer import Tokenizer
 from tnl.errors import EXIT_PREEMPTED, ConfigError, DataError, UserError
 from tnl.tools.report import read_metrics, report
@@ -20,6 +22,8 @@ from tnl.tools.tables import format_rows
 
 CODE_PROMPTS = ("import os\nimport ", "def read_file(path", "class Parser:\n    def __init__(self")
 PROMPT_WORDS = 6
+MANY_DOCUMENTS = 500
+_NAME_CHARACTERS = 40
 SUMMARY = "summary.txt"
 
 
@@ -29,7 +33,16 @@ class StoppedError(UserError):
     exit_code = EXIT_PREEMPTED
 
 
-def quickstart(*, text: Path | None, dataset: str | None, folder: Path, config: str, overrides: list[str]) -> Path:
+def quickstart(
+    *,
+    text: Path | None,
+    dataset: str | None,
+    folder: Path,
+    config: str,
+    overrides: list[str],
+    fresh: bool = False,
+    on_bad: str | None = None,
+) -> Path:
     """Run the whole chain, each part reusing what an earlier run left, and return the run folder.
 
     Args:
@@ -38,29 +51,34 @@ def quickstart(*, text: Path | None, dataset: str | None, folder: Path, config: 
         folder: where ``data/`` and ``runs/`` are written.
         config: training configuration; its ``data.shards`` and ``output`` are taken relative to ``folder``.
         overrides: dotted overrides of it.
+        fresh: prepare the text and train anew; an older run is moved aside.
+        on_bad: ``skip`` leaves out malformed texts, ``error``, the default, ends with the first of them.
     """
     from tnl.training.settings import PretrainSettings
 
     if text is not None and dataset is not None:
         raise ConfigError("--text and --dataset: give one of them")
-    name, source = _source(text, dataset)
-    paths = [f"data.shards={folder / 'data' / name}", f"output={folder / 'runs' / name}"]
-    settings = configuration.load(PretrainSettings, config, [*paths, *overrides])
+    name, source = _source(text, dataset, on_bad)
+    folder = folder.expanduser()
+    places = {"data": {"shards": str(folder / "data" / name)}, "output": str(folder / "runs" / name)}
+    settings = configuration.load(PretrainSettings, config, overrides, places)
 
     print("1/5 data", flush=True)
-    shards_folder = prepare(_prepare_settings(source, settings), report=print)
+    shards_folder = prepare(_prepare_settings(source, settings), report=print, fresh=fresh)
     splits = ShardIndex.read(shards_folder).splits
     if not (splits["train"] and splits["heldout"]):
         raise DataError(
             f"{source['path']}: too few documents to set some aside for evaluation; one file is one document, so split "
-            f"the text into 30 files or more, and remove {shards_folder}"
+            "the text into 30 files or more and start again with --fresh"
         )
 
     print("2/5 training", flush=True)
     from tnl.training.pretrain import pretrain
 
-    if pretrain(settings) == "preempted":
-        raise StoppedError(f"{settings.output}: stopped before the last step; start the same command again to go on")
+    if pretrain(settings, fresh=fresh) == "preempted":
+        raise StoppedError(
+            f"{settings.output}: stopped before the last step; start the same command again, without --fresh, to go on"
+        )
 
     print("3/5 evaluation", flush=True)
     from tnl.evaluation.command import evaluate_shards
@@ -84,37 +102,45 @@ def quickstart(*, text: Path | None, dataset: str | None, folder: Path, config: 
     return settings.output
 
 
-def _source(text: Path | None, dataset: str | None) -> tuple[str, dict]:
+def _source(text: Path | None, dataset: str | None, on_bad: str | None) -> tuple[str, dict]:
+    """Name of the data and of the run, and the section ``source``."""
+    if text is None and dataset is None:
+        if on_bad is not None:
+            raise ConfigError("--on-bad: is for a text of yours; give --text or --dataset too")
+        return "quickstart", {"kind": "stdlib"}
+    # Who asks to skip has said so for all of them; how many they were is reported.
+    bad = {} if on_bad is None else {"on_bad": on_bad, "max_bad_fraction": 1.0}
     if text is not None:
-        name = "".join(c if c.isalnum() else "-" for c in text.resolve().name) or "text"
-        return f"quickstart-{name}", {"kind": "text", "path": str(text), "suffixes": [".txt", ".md", ".rst", ".py"]}
-    if dataset is not None:
-        name = "".join(c if c.isalnum() else "-" for c in dataset)
-        return f"quickstart-{name}", {"kind": "dataset", "path": dataset, "streaming": True, "max_bytes": 30_000_000}
-    return "quickstart", {"kind": "stdlib"}
+        text = text.expanduser()
+        source = {"kind": "text", "path": str(text), "suffixes": [".txt", ".md", ".rst", ".py"], **bad}
+        return _name(text.absolute().name, os.path.realpath(text)), source
+    source = {"kind": "dataset", "path": dataset, "streaming": True, "max_bytes": 30_000_000, **bad}
+    return _name(dataset, dataset), source
+
+
+def _name(shown: str, full: str) -> str:
+    """A file name of what is shown and a hash of what it is: two folders of the same name are two texts."""
+    plain = "".join(c if c.isalnum() and c.isascii() else "-" for c in shown)[:_NAME_CHARACTERS] or "text"
+    return f"quickstart-{plain}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:8]}"
 
 
 def _prepare_settings(source: dict, settings) -> PrepareSettings:
+    """A fiftieth of the documents is held out, of few documents a tenth."""
     tree = {
         "source": source,
         "tokenizer": {"vocab_size": settings.model.vocab_size},
         "output": settings.data.shards,
-        "heldout_fraction": _heldout_fraction(source),
+        "heldout_fraction": 0.02,
     }
-    return configuration.validate(PrepareSettings, tree, "quickstart")
-
-
-def _heldout_fraction(source: dict) -> float:
-    """A fiftieth of the documents, of few documents a tenth."""
-    if source["kind"] != "text":
-        return 0.02
-    files = sum(1 for path in Path(source["path"]).rglob("*") if path.suffix in source["suffixes"])
-    return 0.02 if files >= 500 else 0.1
+    prepared = configuration.validate(PrepareSettings, tree, "quickstart")
+    is_small = source["kind"] == "text" and local_size(prepared.source)[0] < MANY_DOCUMENTS
+    return prepared.model_copy(update={"heldout_fraction": 0.1}) if is_small else prepared
 
 
 def _ngram_losses(settings, shards_folder: Path, heldout: ShardSet) -> dict[int, float]:
     """Nats per token of n-gram models counted on the windows that the run consumed, on what the model was evaluated
     on."""
+    from tnl.data.loader import TrainLoader
     from tnl.evaluation.ngram import evaluate_ngrams
 
     train = settings.train

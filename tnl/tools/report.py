@@ -195,14 +195,22 @@ def _run_rows(run_dir: Path) -> list[tuple[str, str]]:
     """How the last attempt stands and what the run was asked to do, as far as the folder tells."""
     rows = []
     status = read_status(run_dir)
-    if status:
+    # Another program's file of this name is none of a run.
+    if _is_status(status):
         code = f", exit code {status['exit_code']}" if "exit_code" in status else ""
         rows.append(("status", f"{status['state']}, step {status['step']:,} of {status['total_steps']:,}{code}"))
     path = run_dir / "config.yaml"
     if path.is_file():
-        train = read_yaml(path).get("train", {})
-        rows.append(("train settings", ", ".join(f"{key} {value}" for key, value in train.items())))
+        train = read_yaml(path).get("train")
+        if isinstance(train, dict):
+            rows.append(("train settings", ", ".join(f"{key} {value}" for key, value in train.items())))
     return rows
+
+
+def _is_status(found: Any) -> bool:
+    """Whether the content of ``run_status.json`` is what `write_status` writes."""
+    numbers = ("step", "total_steps")
+    return isinstance(found, dict) and "state" in found and all(isinstance(found.get(name), int) for name in numbers)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -2,21 +2,23 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from tnl.errors import CannotWriteError, CheckpointError
+from tnl.errors import CannotWriteError, CheckpointError, ConfigError
 from tnl.training.commit import CheckpointStore, HashingWriter
 from tnl.training.deepspeed_import import deepspeed
 from tnl.training.engine import Ranks
 from tnl.training.faults import fault_point
 
 ENGINE_TAG = "engine"
+RECORDS = "records_"
 
 
 @dataclass
@@ -98,12 +100,15 @@ def _set_random_state(tensors: dict[str, torch.Tensor], other: dict) -> None:
     random.setstate((version, tuple(words), gauss_next))
 
 
-def save_checkpoint(engine, store: CheckpointStore, state: RunState, ranks: Ranks, fields: dict, keep: int) -> Path:
+def save_checkpoint(
+    engine, store: CheckpointStore, state: RunState, ranks: Ranks, fields: dict, keep: int, warn: Callable[[str], None]
+) -> Path:
     """Save on all ranks and commit on rank 0; every rank returns, or every rank raises.
 
     Args:
         fields: further JSON values for the manifest.
         keep: newest checkpoints to keep.
+        warn: told when an old checkpoint could not be removed.
 
     Raises:
         CannotWriteError: some rank could not write; earlier checkpoints are untouched.
@@ -119,32 +124,51 @@ def save_checkpoint(engine, store: CheckpointStore, state: RunState, ranks: Rank
     files = CommittedFiles(temporary)
     engine.checkpoint_engine = files
     try:
-        engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False)
-        tensors, other = _random_state(ranks.device)
-        save_file(tensors, str(temporary / f"random_{ranks.rank:05d}.safetensors"))
-        (temporary / f"random_{ranks.rank:05d}.json").write_text(json.dumps(other))
-        (temporary / f"files_{ranks.rank:05d}.json").write_text(json.dumps(files.records))
-    except OSError as error:
-        files.error = files.error or error
-    if files.error is not None:
-        problem = store.cannot_write(temporary, files.error)
-    try:
+        try:
+            engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False)
+            if files.error is None:
+                _write_rank_files(temporary, files.records, ranks)
+        except OSError as error:
+            files.error = error
+        ranks.raise_together(None if files.error is None else store.cannot_write(temporary, files.error))
+        if ranks.is_main:
+            try:
+                records = _gather_records(temporary)
+                store.commit(state.step, fields | {"run": asdict(state), "world_size": ranks.world_size}, records)
+            except (CannotWriteError, OSError) as error:
+                problem = error if isinstance(error, CannotWriteError) else store.cannot_write(temporary, error)
         ranks.raise_together(problem)
-    except CannotWriteError:
+    finally:
         if ranks.is_main:
             store.abandon(state.step)
-        raise
     if ranks.is_main:
-        records = {}
-        for file in temporary.glob("files_*.json"):
-            records |= json.loads(file.read_text())
         try:
-            store.commit(state.step, fields | {"run": asdict(state), "world_size": ranks.world_size}, records)
             store.prune(keep)
-        except CannotWriteError as error:
-            problem = error
-    ranks.raise_together(problem)
+        except OSError as error:
+            warn(f"{error.filename or store.root}: an old checkpoint could not be removed ({error.strerror})")
     return store.path(state.step)
+
+
+def _write_rank_files(folder: Path, records: dict[str, dict], ranks: Ranks) -> None:
+    """Random states of this rank, and the records of all its files for rank 0, which commits."""
+    tensors, other = _random_state(ranks.device)
+    for name, content in {
+        f"random_{ranks.rank:05d}.safetensors": save(tensors),
+        f"random_{ranks.rank:05d}.json": json.dumps(other).encode(),
+    }.items():
+        with HashingWriter(folder / name) as file:
+            file.write(content)
+        records[name] = file.record()
+    (folder / f"{RECORDS}{ranks.rank:05d}.json").write_text(json.dumps(records))
+
+
+def _gather_records(folder: Path) -> dict[str, dict]:
+    """The records of all ranks; their files are not part of the checkpoint."""
+    gathered = {}
+    for file in folder.glob(f"{RECORDS}*.json"):
+        gathered |= json.loads(file.read_text())
+        file.unlink()
+    return gathered
 
 
 def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -> int | None:
@@ -164,7 +188,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -
             else:
                 step = _parse_tag(store, resume)
                 store.verify(step)
-        except CheckpointError as error:
+        except (CheckpointError, ConfigError) as error:
             problem = error
     ranks.raise_together(problem)
     (step,) = ranks.all_reduce([-1.0 if step is None else float(step)], op=dist.ReduceOp.MAX)
@@ -173,7 +197,9 @@ def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -
 
 def _parse_tag(store: CheckpointStore, resume: str) -> int:
     digits = resume.removeprefix("step_")
-    if not digits.isdigit() or int(digits) not in store.steps():
+    if not digits.isdigit():
+        raise ConfigError(f"--resume {resume}: give auto, or the step of a checkpoint")
+    if int(digits) not in store.steps():
         known = ", ".join(map(str, store.steps())) or "none"
         raise CheckpointError(f"--resume {resume}: no such checkpoint in {store.root}; steps there: {known}")
     return int(digits)

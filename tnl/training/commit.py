@@ -5,11 +5,13 @@ disk and hashed while it is written; the manifest with sizes and SHA-256 hashes 
 checkpoint exist. A folder without a manifest that verifies is not a checkpoint. Nothing here knows about DeepSpeed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from tnl.errors import CannotWriteError, CheckpointError
@@ -156,12 +158,30 @@ class CheckpointStore:
             os.rename(temporary, final)
             fsync_folder(self.root)
             fault_point("ckpt.post_rename")
-            write_atomically(self.root / "latest", tag_of(step) + "\n")
-            fault_point("ckpt.latest.post")
         except OSError as error:
             self.abandon(step)
             raise self.cannot_write(temporary, error) from None
+        with contextlib.suppress(OSError):  # for people only: the checkpoint is complete without it
+            write_atomically(self.root / "latest", tag_of(step) + "\n")
+            fault_point("ckpt.latest.post")
         return final
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints newer than ``step``: a run that goes on from there writes those steps again.
+
+        Returns:
+            Their new names, which no command reads.
+        """
+        renamed = []
+        for newer in self.steps():
+            if newer > step:
+                folder = self.path(newer)
+                renamed.append(
+                    folder.rename(folder.with_name(f"{folder.name}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}"))
+                )
+        if renamed:
+            fsync_folder(self.root)
+        return renamed
 
     def abandon(self, step: int) -> None:
         """Remove the temporary folder of a checkpoint that could not be completed."""

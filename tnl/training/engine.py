@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tnl.errors import ConfigError, UserError
+from tnl.errors import ConfigError, UserError, did_you_mean
 from tnl.training.deepspeed_import import deepspeed
 from tnl.training.optimizer import build_optimizer
 from tnl.training.settings import PretrainSettings
@@ -53,7 +53,7 @@ class Ranks:
 
 
 def init_ranks() -> Ranks:
-    """Join the process group that torchrun or Slurm describes; without a launcher, be the only process.
+    """Join the process group that torchrun describes; without a launcher, be the only process.
 
     Raises:
         ConfigError: some of the launcher's variables are set and others are not.
@@ -115,7 +115,23 @@ def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
     }
     extra = dict(settings.deepspeed)
     zero |= extra.pop("zero_optimization", {})
+    _check_zero_keys(zero)
     return config | extra
+
+
+def _check_zero_keys(zero: dict) -> None:
+    known = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
+    try:
+        known(**zero)
+    except ValueError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            text = item["msg"].lower()
+            if item["type"] == "extra_forbidden":
+                text = f"unknown key, {did_you_mean(key, known.model_fields)}"
+            problems.append(f"deepspeed.zero_optimization.{key}: {text}")
+        raise ConfigError("\n".join(problems)) from None
 
 
 def build_engine(settings: PretrainSettings, model: torch.nn.Module, ranks: Ranks) -> deepspeed.DeepSpeedEngine:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tnl.errors import CannotWriteError, CheckpointError, ConfigError
-from tnl.training.commit import CheckpointStore
+from tnl.files import sha256_of
+from tnl.training.commit import MANIFEST, CheckpointStore
 from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, load_run_settings
 
 EXPORTS = "exports"
@@ -73,7 +74,9 @@ def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model = TransnormerForCausalLM(load_run_settings(run).model.to_config(dtype="float32"))
     model.to_empty(device="cpu")
     model.tie_weights()
-    model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= set(model.all_tied_weights_keys), missing
     model.save_pretrained(folder)
     for file in (run / TOKENIZER).iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -81,9 +84,9 @@ def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
     """fp32 weights of a checkpoint of any ZeRO stage and number of ranks."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from tnl.training.checkpoint import ENGINE_TAG, safe_globals  # sets DeepSpeed up before the next line imports it
 
-    from tnl.training.checkpoint import ENGINE_TAG, safe_globals
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # isort: skip
 
     # DeepSpeed's converter unpickles anything; this makes torch refuse all but tensors and the named classes.
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
@@ -111,7 +114,7 @@ def resolve_model(name: str, warn=print) -> str:
     """
     path = Path(name)
     if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
             return name
         raise ConfigError(
             f"{name}: no such folder; give a run folder, a model folder, or a hub name such as "
@@ -122,7 +125,8 @@ def resolve_model(name: str, warn=print) -> str:
         step = store.newest_valid(warn)
         if step is None:
             raise CheckpointError(f"{path}: no checkpoint yet; let the run reach checkpoint.every steps")
-        export = path / EXPORTS / store.path(step).name
+        # Of a step that was trained again the older export is not taken.
+        export = path / EXPORTS / f"{store.path(step).name}-{sha256_of(store.path(step) / MANIFEST)[:8]}"
         return str(export if export.exists() else export_run(path, export, step, warn))
     if (path / "config.json").is_file():
         return name

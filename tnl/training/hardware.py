@@ -1,10 +1,11 @@
 """Peak arithmetic rate of a device, the denominator of MFU."""
 
+import re
 import time
 
 import torch
 
-# Dense bf16 TFLOP/s of the data sheets; the first name that the device's name contains counts.
+# Dense bf16 TFLOP/s of the data sheets; the first name that stands in the device's name counts.
 PEAK_BF16_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -30,7 +31,7 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> tuple[float 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, tflops in PEAK_BF16_TFLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return tflops * 1e12, f"data sheet of {known}, dense bf16"
         return None, f"unknown for {name}; set logging.peak_tflops to see MFU"
     n, best = 1024, float("inf")

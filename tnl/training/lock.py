@@ -33,6 +33,8 @@ class RunLock:
             raise RunInUseError(
                 f"{folder}: in use by another process {holder}; wait for it, stop it, or set another output folder"
             ) from None
+        # A forked data worker would hold the lock for as long as it outlives a killed run.
+        os.register_at_fork(after_in_child=self._file.close)
         self._file.seek(0)
         self._file.truncate()
         started = time.strftime("%Y-%m-%dT%H:%M:%S")

@@ -1,19 +1,23 @@
 """What a run reports: metrics.jsonl always, a progress bar or plain lines, Weights & Biases when asked."""
 
+import contextlib
 import json
 import math
 import os
 import time
+import uuid
 from collections import deque
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tnl.errors import CannotWriteError, ConfigError
 from tnl.files import write_atomically
 from tnl.training.settings import LoggingSettings
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb_id"
 
 
 def finite_or_none(value: float) -> float | None:
@@ -26,11 +30,11 @@ def trim(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except ValueError:  # the last line, cut short
+        except (ValueError, KeyError, TypeError):  # the last line, cut short
             continue
     write_atomically(path, "".join(kept))
 
@@ -103,8 +107,11 @@ class MetricsWriter:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CannotWriteError(f"{self._file.name}: {error.strerror}; free some space and start again") from None
         if self._wandb:
             kind = row["kind"]
             self._wandb.log({f"{kind}/{k}": v for k, v in row.items() if k not in ("kind", "time")}, step=row["step"])
@@ -113,9 +120,10 @@ class MetricsWriter:
         """End the bar, the file and the Weights & Biases run."""
         if self._progress:
             self._progress.stop()
-        self._file.close()
         if self._wandb:
             self._wandb.finish()
+        with contextlib.suppress(OSError):  # reported when the row was written
+            self._file.close()
 
 
 def _describe(row: dict) -> str:
@@ -139,11 +147,22 @@ def _start_wandb(folder: Path, settings: LoggingSettings, config: dict):
     # No machine metadata and no code: the command line and the environment may hold secrets.
     options = wandb.Settings(x_disable_meta=True, save_code=False, disable_git=True, console="off", silent=True)
     os.environ.setdefault("WANDB_DIR", str(folder))
-    return wandb.init(
-        project=settings.wandb_project,
-        name=folder.name,
-        dir=str(folder),
-        mode=settings.wandb,
-        config=config,
-        settings=options,
-    )
+    identity = folder / WANDB_ID  # one run there for all starts of the run here
+    if not identity.exists():
+        write_atomically(identity, uuid.uuid4().hex[:16])
+    try:
+        return wandb.init(
+            project=settings.wandb_project,
+            name=folder.name,
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            mode=settings.wandb,
+            config=config,
+            settings=options,
+        )
+    except wandb.errors.Error as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"logging.wandb: Weights & Biases did not start ({text}); log in with WANDB_API_KEY, or set offline"
+        ) from None

@@ -7,22 +7,25 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tnl_kernels.dispatch import form_of
 
+from tnl import config
 from tnl.data.loader import TrainLoader
 from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
 from tnl.data.tokenizer_export import export_tokenizer
 from tnl.errors import EXIT_INTERNAL, EXIT_PREEMPTED, CheckpointError, DataError, NonFiniteError, UserError
 from tnl.evaluation.heldout import heldout_loss
+from tnl.files import write_atomically
 from tnl.model import TransnormerForCausalLM
 from tnl.model.flops import num_parameters, training_flops_per_token
 from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
 from tnl.training.commit import CheckpointStore
-from tnl.training.engine import Ranks, build_engine, init_ranks
+from tnl.training.engine import Ranks, build_engine, deepspeed_config, init_ranks
 from tnl.training.faults import fault_point
 from tnl.training.hardware import peak_flops
 from tnl.training.lock import RunLock
 from tnl.training.metrics import MetricsWriter, finite_or_none
-from tnl.training.run_folder import CHECKPOINTS, TOKENIZER, config_hash, prepare_run_folder, versions
+from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, check_run_folder, config_hash, move_aside, versions
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings
 from tnl.training.status import read_status, write_status
@@ -47,38 +50,45 @@ def pretrain(
     """
     ranks = init_ranks()
     console = console or Console()
+    # What can be refused is refused before the run folder is touched.
+    deepspeed_config(settings, ranks.world_size)
+    data = _open_data(settings, ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
             try:
                 if fresh:
-                    # The lock of the folder that is moved aside: a run in progress is not pulled from under its feet.
-                    RunLock(settings.output).close()
-                    prepare_run_folder(settings, fresh=True)
+                    move_aside(settings.output)
+                check_run_folder(settings)
                 stack.callback(RunLock(settings.output).close)
-                prepare_run_folder(settings, fresh=False)
+                check_run_folder(settings)
             except UserError as error:
                 problem = error
         ranks.raise_together(problem)
         try:
-            return _run(settings, resume, ranks, console, stack)
+            return _run(settings, data, resume, ranks, console, stack)
         except BaseException as error:
             if ranks.is_main:
                 code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
                 step = read_status(settings.output).get("step", 0)
-                write_status(settings.output, "failed", step, settings.train.steps, exit_code=code, error=str(error))
+                with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
+                    write_status(
+                        settings.output, "failed", step, settings.train.steps, exit_code=code, error=str(error)
+                    )
             raise
 
 
-def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console, stack: contextlib.ExitStack) -> str:
+def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: Console, stack) -> str:
     train, folder = settings.train, settings.output
-    shards, heldout, loader = _open_data(settings, ranks)
-    if ranks.is_main:
-        (folder / TOKENIZER).mkdir(exist_ok=True)
-        export_tokenizer(shards.folder / TOKENIZER_FILE, folder / TOKENIZER, add_bos=shards.index.add_bos)
+    shards, heldout, loader = data
+    stop = StopRequest(folder)
+    stack.callback(stop.close)
+
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
     store, state = CheckpointStore(folder / CHECKPOINTS), RunState()
-    step = choose_checkpoint(store, resume, ranks, warn=lambda text: console.print(f"warning: {text}", style="yellow"))
+    step = choose_checkpoint(store, resume, ranks, warn)
     if step == train.steps:
         if ranks.is_main:
             console.print(f"{folder}: all {train.steps} steps are done, nothing to train", highlight=False)
@@ -90,7 +100,16 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
     engine = build_engine(settings, TransnormerForCausalLM(model_config), ranks)
     if step is not None:
         state, manifest = load_checkpoint(engine, store, step, ranks)
-        _check_same_data(manifest, loader, shards, store.path(step))
+        _check_same_run(manifest, settings, loader, shards, store.path(step))
+    problem = None
+    if ranks.is_main:
+        try:
+            _write_run_folder(settings, shards)
+            for newer in store.set_aside_after(step) if step is not None else []:
+                warn(f"{newer}: not used any more, remove it when you like")
+        except (UserError, OSError) as error:
+            problem = error if isinstance(error, UserError) else store.cannot_write(folder, error)
+    ranks.raise_together(problem)
     fields = {
         "config_sha256": config_hash(settings),
         "data_fingerprint": loader.fingerprint,
@@ -112,14 +131,16 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
             soft_wrap=True,
         )
         peak = "unknown" if flops_per_second is None else f"{flops_per_second / 1e12:.2f} TFLOP/s"
-        console.print(f"peak of one device: {peak} ({source})", highlight=False, soft_wrap=True)
+        console.print(
+            f"operators: {form_of(ranks.device)} form; peak of one device: {peak} ({source})",
+            highlight=False,
+            soft_wrap=True,
+        )
         metrics = MetricsWriter(
             folder, settings.logging, train.steps, state.step, settings.model_dump(mode="json"), console
         )
         stack.callback(metrics.close)
         write_status(folder, "running", state.step, train.steps)
-    stop = StopRequest(folder)
-    stack.callback(stop.close)
     flops_per_token = training_flops_per_token(model_config)
     tokens_per_step = train.global_batch_size * train.sequence_length
 
@@ -155,21 +176,21 @@ def _run(settings: PretrainSettings, resume: str, ranks: Ranks, console: Console
             )
         if state.consecutive_skipped > train.max_skipped_steps:
             raise NonFiniteError(
-                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; lower "
-                "optimizer.lr, "
-                f"lengthen schedule.warmup_steps, or resume from an earlier step with --resume (saved: {store.steps()})"
+                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; begin a "
+                "new run in another output folder with a lower optimizer.lr or a longer schedule.warmup_steps"
             )
 
         last = state.step == train.steps
         if last or (settings.evaluation.every and state.step % settings.evaluation.every == 0):
             _evaluate(settings, engine, heldout, state, ranks, metrics)
         if last or stopping or state.step % settings.checkpoint.every == 0:
-            path = save_checkpoint(engine, store, state, ranks, fields, settings.checkpoint.keep)
+            path = save_checkpoint(engine, store, state, ranks, fields, settings.checkpoint.keep, warn)
             if metrics:
                 metrics.message(f"step {state.step}: saved {path}")
                 write_status(folder, "running", state.step, train.steps)
         if stopping and not last:
             if metrics:
+                stop.consume()
                 metrics.message(f"stopped on request ({stop.reason or 'another rank'}); the same command goes on")
                 write_status(folder, "preempted", state.step, train.steps, exit_code=EXIT_PREEMPTED)
             return "preempted"
@@ -225,7 +246,16 @@ def _open_data(settings: PretrainSettings, ranks: Ranks) -> tuple[ShardSet, Shar
     return shards, heldout, loader
 
 
-def _check_same_data(manifest: dict, loader: TrainLoader, shards: ShardSet, checkpoint: Path) -> None:
+def _write_run_folder(settings: PretrainSettings, shards: ShardSet) -> None:
+    """The effective configuration, and the tokenizer that exports of this run will carry."""
+    folder = settings.output
+    (folder / TOKENIZER).mkdir(exist_ok=True)
+    export_tokenizer(shards.folder / TOKENIZER_FILE, folder / TOKENIZER, add_bos=shards.index.add_bos)
+    write_atomically(folder / CONFIG, config.dump(settings))
+
+
+def _check_same_run(manifest: dict, settings, loader: TrainLoader, shards: ShardSet, checkpoint: Path) -> None:
+    """The checkpoint belongs to this data and configuration, whatever the files beside it say."""
     if manifest["tokenizer_sha256"] != shards.index.tokenizer_sha256:
         raise DataError(
             f"{checkpoint}: trained with the tokenizer {manifest['tokenizer_sha256'][:12]}, data.shards has "
@@ -234,8 +264,13 @@ def _check_same_data(manifest: dict, loader: TrainLoader, shards: ShardSet, chec
     if manifest["data_fingerprint"] != loader.fingerprint:
         raise CheckpointError(
             f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has "
-            f"{loader.fingerprint[:12]}; "
-            "point data.shards to the shards that this run began with, or begin a new run in another output folder"
+            f"{loader.fingerprint[:12]}; point data.shards to the shards that this run began with, or begin a new "
+            "run in another output folder"
+        )
+    if manifest["config_sha256"] != config_hash(settings):
+        raise CheckpointError(
+            f"{checkpoint}: saved with another configuration than this one; undo the change, or begin a new run in "
+            "another output folder"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tnl import config
 from tnl.errors import CannotWriteError, ConfigError
-from tnl.files import write_atomically
+from tnl.training.lock import RunLock
 from tnl.training.settings import PretrainSettings
 
 CONFIG = "config.yaml"
@@ -34,30 +34,40 @@ def config_hash(settings: PretrainSettings) -> str:
     return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
 
 
-def prepare_run_folder(settings: PretrainSettings, *, fresh: bool) -> None:
-    """Make the run folder, or check that it holds a run of this configuration.
-
-    Args:
-        fresh: move an existing folder aside (``NAME.old-TIME``) and begin a new run.
+def check_run_folder(settings: PretrainSettings) -> None:
+    """Refuse an output folder that is not this run's; nothing is written.
 
     Raises:
-        ConfigError: the folder belongs to another configuration (the differing keys are listed), or is not a run
+        ConfigError: the folder holds a run of another configuration (the differing keys are listed), or is no run
             folder.
-        CannotWriteError: it cannot be made.
     """
     folder = settings.output
     if any(character in "*?[" for character in str(folder.resolve())):
         raise ConfigError(f"output: {folder}: DeepSpeed reads *, ? and [ in a path as patterns; choose another folder")
-    effective = folder / CONFIG
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"output: {folder}: is no folder; choose another")
+    if (folder / CONFIG).exists():
+        checkpoints = folder / CHECKPOINTS
+        if checkpoints.is_dir() and any(checkpoints.iterdir()):  # until then a run may still be corrected
+            _check_same_run(settings, folder / CONFIG)
+    elif any(p.name not in (".lock", "STOP") for p in folder.iterdir()):
+        raise ConfigError(f"output: {folder}: exists and is no run folder; choose another, or move it away")
+
+
+def move_aside(folder: Path) -> None:
+    """Rename an existing run folder to ``NAME.old-TIME``.
+
+    Raises:
+        RunInUseError: a run is in progress there.
+        CannotWriteError: it cannot be renamed.
+    """
+    if not folder.exists():
+        return
     try:
-        if fresh and folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
-        if effective.exists():
-            _check_same_run(settings, effective)
-        elif folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
-            raise ConfigError(f"{folder}: exists and is no run folder; set another output, or move it away")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(effective, config.dump(settings))
+        RunLock(folder).close()
+        folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
     except OSError as error:
         raise CannotWriteError(f"{folder}: {error.strerror}; choose another output folder") from None
 

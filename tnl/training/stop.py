@@ -29,6 +29,10 @@ class StopRequest:
             self.reason = f"the file {self.file}"
         return self.reason is not None
 
+    def consume(self) -> None:
+        """Remove the file: the next start goes on."""
+        self.file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Give the signals back."""
         for number, handler in self._previous.items():
