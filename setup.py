@@ -43,7 +43,7 @@ setup(
         "eval": ["lm-eval>=0.4.12"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77"],
+        "dev": ["accelerate", "pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["tnl = tnl.cli:main"]},
 )

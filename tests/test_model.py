@@ -13,7 +13,7 @@ from tnl.model.flops import num_parameters, training_flops_per_token
 from tnl.model.settings import ModelSettings
 
 PRESETS = {
-    "tnl-tiny": 4_522_240,
+    "tnl-tiny": 2_224_320,
     "tnl-44m": 44_171_776,
     "tnl-385m": 398_984_192,
     "tnl-1b": 1_020_266_496,
