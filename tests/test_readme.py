@@ -27,5 +27,5 @@ def test_every_command_names_what_exists():
         assert name in ("prepare", "pretrain", "evaluate", "generate", "report", "export"), command
         if name in ("prepare", "pretrain"):
             assert find_config(words[2] if words[0] == "data" else words[1]).is_file()
-    for script in re.findall(r"bash (scripts/\S+)", README):
+    for script in re.findall(r"bash (scripts/[a-z_/]+\.sh)", README):
         assert (ROOT / script).is_file()
