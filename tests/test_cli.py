@@ -177,7 +177,7 @@ def test_usage_and_configuration(arguments, message, tnl_command):
 
 def test_a_bad_file_names_every_problem(tnl_command, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text((ROOT / "configs/pretrain/quickstart.yaml").read_text().replace("steps: 600", "step: 600"))
+    file.write_text((ROOT / "tests/example_run.yaml").read_text().replace("steps: 600", "step: 600"))
     code, _, err = tnl_command("pretrain", file)
     assert code == errors.EXIT_USAGE
     assert err == (
@@ -324,8 +324,8 @@ def test_the_outcome_of_training_is_the_exit_code(outcome, code, tnl_command, mo
 
     # In place of the module: importing DeepSpeed takes seconds.
     monkeypatch.setitem(sys.modules, "tnl.training.pretrain", types.SimpleNamespace(pretrain=run))
-    assert tnl_command("pretrain", "pretrain/quickstart", "train.steps=77", "--resume", "40", "--fresh")[0] == code
-    assert calls == [(77, "40", True)]
+    assert tnl_command("pretrain", "pretrain/quickstart", "train.steps=777", "--resume", "40", "--fresh")[0] == code
+    assert calls == [(777, "40", True)]
 
 
 def test_a_secret_is_not_shown(tnl_command, tmp_path):

@@ -19,22 +19,22 @@ from tnl.training.settings import DERIVED_DEEPSPEED_KEYS, PASSED_DEEPSPEED_KEYS,
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-QUICKSTART = "pretrain/quickstart"
+EXAMPLE = str(Path(__file__).parent / "example_run.yaml")
 SHIPPED = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
 KINDS = {"pretrain": PretrainSettings, "data": PrepareSettings, "model": ModelSettings}
 
 
 def pretrain(*overrides: str) -> PretrainSettings:
-    return config.load(PretrainSettings, QUICKSTART, list(overrides))
+    return config.load(PretrainSettings, EXAMPLE, list(overrides))
 
 
 def refusal(*overrides: str) -> list[str]:
-    """The lines after the first of the message that these overrides of the quickstart are refused with."""
+    """The lines after the first of the message that these overrides of the example are refused with."""
     with pytest.raises(ConfigError) as caught:
         pretrain(*overrides)
     head, *lines = str(caught.value).splitlines()
     count = len(lines)
-    assert head == f"{CONFIGS / QUICKSTART}.yaml: {count} problem{'s' if count > 1 else ''}"
+    assert head == f"{EXAMPLE}: {count} problem{'s' if count > 1 else ''}"
     assert all(re.match(r"  [\w.-]+: \S", line) for line in lines), lines
     return [line[2:] for line in lines]
 
@@ -104,7 +104,7 @@ def test_an_override_mapping_is_merged():
 
 def test_scientific_notation_in_file_and_override(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text((CONFIGS / f"{QUICKSTART}.yaml").read_text().replace("lr: 2e-3", "lr: 1e-4"))
+    file.write_text(Path(EXAMPLE).read_text().replace("lr: 2e-3", "lr: 1e-4"))
     assert config.load(PretrainSettings, file).optimizer.lr == 1e-4
     assert config.load(PretrainSettings, file, ["optimizer.lr=2e-3"]).optimizer.lr == 2e-3
 
@@ -266,7 +266,7 @@ def test_every_wrong_value_is_refused_or_taken_as_it_stands(complete):
         ("data.packing=yes", 'data.packing: input should be a valid boolean, got "yes"'),
         ("train=5", "train: input should be an object, got 5"),
         ("output=", "output: input should be a valid string, got null"),
-        ("model.num_heads=15", "model.num_heads: 15 does not divide hidden_size 256"),
+        ("model.num_heads=15", "model.num_heads: 15 does not divide hidden_size 192"),
         ("schedule.warmup_steps=600", "schedule.warmup_steps: 600 must be below train.steps 600"),
         ("schedule.decay_steps=9", "schedule.decay_steps: cosine has none; remove it, or set name: wsd"),
         ("train.micro_batch_size=3", "train.global_batch_size: 8 is no multiple of micro_batch_size 3"),
@@ -465,5 +465,5 @@ def test_a_misspelt_preset():
 def test_values_of_a_program_are_taken_as_they_are():
     odd = "/tmp/a #b: [x] 'y\"~"
     values = {"output": odd, "train": {"steps": 7, "sequence_length": 9}}
-    settings = config.load(PretrainSettings, "pretrain/quickstart", ["train.steps=80"], values)
+    settings = config.load(PretrainSettings, EXAMPLE, ["train.steps=80"], values)
     assert (str(settings.output), settings.train.steps, settings.train.sequence_length) == (odd, 80, 9)
