@@ -8,11 +8,11 @@ import torch
 
 from tests.closeness import assert_close
 from tests.tiny_corpus import tiny_shards, tiny_texts
+from tests.tiny_model import tiny_model
 from tests.tiny_run import VOCAB_SIZE
 from tnl.data.shards import ShardSet
 from tnl.data.tokenizer import Tokenizer
 from tnl.evaluation.heldout import heldout_loss
-from tnl.model import TransnormerConfig, TransnormerForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -26,16 +26,7 @@ def heldout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     """A model with random weights, large enough that context matters."""
-    torch.manual_seed(0)
-    config = TransnormerConfig(
-        vocab_size=VOCAB_SIZE,
-        decoder_embed_dim=32,
-        decoder_layers=2,
-        decoder_attention_heads=2,
-        glu_dim=48,
-        init_std=0.2,
-    )
-    return TransnormerForCausalLM(config).eval()
+    return tiny_model(vocab_size=VOCAB_SIZE)
 
 
 def by_document(model, shards) -> tuple[float, int]:

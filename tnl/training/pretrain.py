@@ -123,10 +123,9 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
         flops_per_second, source = peak_flops(ranks.device, settings.logging.peak_tflops)
         console.print(
             f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of "
-            f"{train.global_batch_size} x "
-            f"{train.sequence_length} tokens, {ranks.world_size} process(es) on {ranks.device.type}, "
-            f"{train.precision}, "
-            f"ZeRO {train.zero_stage}" + (f", resumed at step {state.step}" if state.step else ""),
+            f"{train.global_batch_size} x {train.sequence_length} tokens, {ranks.world_size} process(es) on "
+            f"{ranks.device.type}, {train.precision}, ZeRO {train.zero_stage}"
+            + (f", resumed at step {state.step}" if state.step else ""),
             highlight=False,
             soft_wrap=True,
         )
