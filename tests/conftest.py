@@ -1,4 +1,4 @@
-"""One thread and no network for every test."""
+"""One thread and no network for every test; without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
 
@@ -10,6 +10,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read when a kernel is defined: before the first import of tnl_kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):

@@ -76,7 +76,7 @@ def test_help_lists_the_commands(tnl_command):
     assert (code, err) == (0, "")
     for words in COMMANDS:
         assert words[0] in out
-    for number in (0, 2, 65, 70, 73, 75, 76, 77, 78, 130):
+    for number in (0, 2, 65, 69, 70, 73, 75, 76, 77, 78, 130):
         assert f" {number} " in out.partition("Exit codes:")[2]
 
 

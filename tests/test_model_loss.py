@@ -1,13 +1,15 @@
 """The projection and cross-entropy in one: value and gradients of the plain formula, whatever the chunks."""
 
 import pytest
+import tnl_kernels.dispatch
 import torch
 import torch.nn.functional as F
 
 import tnl.model.loss
 from tests.closeness import assert_close
 from tests.tiny_model import random_ids, tiny_model
-from tnl.model.loss import IGNORE_INDEX, linear_cross_entropy
+from tnl.model.loss import IGNORE_INDEX, chunk_rows, linear_cross_entropy, linear_cross_entropy_op
+from tnl.model.modeling import LanguageModelHead
 
 V, D = 37, 16
 
@@ -190,3 +192,132 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
         assert linear_cross_entropy(hidden, weight, labels)[0] == expected
     with torch.inference_mode():
         assert linear_cross_entropy(hidden, weight, labels)[0] == expected
+
+
+def test_no_memory_is_taken_for_a_gradient_that_is_not_wanted():
+    hidden, weight, labels = inputs(20)
+    for need_dhidden in (True, False):
+        for need_dweight in (True, False):
+            with torch.no_grad():
+                _, *made = linear_cross_entropy_op(hidden, weight, labels, torch.float32, need_dhidden, need_dweight)
+            assert [x.numel() for x in made] == [need_dhidden * hidden.numel(), need_dweight * weight.numel()]
+
+
+@pytest.mark.parametrize(("trains_hidden", "trains_weight"), [(True, True), (True, False), (False, True)])
+def test_opcheck(trains_hidden, trains_weight):
+    hidden, weight, labels = inputs(9)
+    hidden.requires_grad_(trains_hidden)
+    weight.requires_grad_(trains_weight)
+    arguments = (hidden, weight, labels, torch.float32, trains_hidden, trains_weight)
+    torch.library.opcheck(linear_cross_entropy_op, arguments)
+
+
+@pytest.mark.parametrize("trains_weight", [True, False])
+def test_the_head_compiles_to_one_graph(trains_weight):
+    hidden, weight, labels = inputs(12)
+    head = LanguageModelHead(D, V, bias=False)
+    head.weight = torch.nn.Parameter(weight.detach(), requires_grad=trains_weight)
+    leaves = [hidden, head.weight] if trains_weight else [hidden]
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(hidden, labels):
+        loss_sum, num_tokens = head(torch.tanh(hidden).view(3, 4, D), labels.view(3, 4))
+        return loss_sum / num_tokens
+
+    loss_sum, num_tokens = head(torch.tanh(hidden), labels)
+    expected = loss_sum / num_tokens
+    loss = compiled(hidden, labels)
+    assert_close("loss", loss, expected)
+    gradients = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True)
+    for name, (actual, value) in zip(("dhidden", "dweight"), gradients, strict=False):
+        assert_close(name, actual, value)
+    with torch.no_grad():
+        assert_close("loss", compiled(hidden, labels), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close("loss", compiled(hidden, labels), expected, 2e-2)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_autocast_rounds_the_factors_and_not_the_gradients():
+    hidden, weight, labels = inputs(131)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
+    dhidden, dweight = torch.autograd.grad(0.3 * loss, (hidden, weight))
+    assert (loss.dtype, dhidden.dtype, dweight.dtype) == (torch.float32,) * 3
+    expected = plain_loss_sum(hidden.bfloat16(), weight.bfloat16(), labels)
+    for name, actual, value in zip(("loss", "dhidden", "dweight"), (loss, dhidden, dweight), expected, strict=True):
+        # As in bf16: the logits are rounded before the softmax, and the gradients on their way through it.
+        assert_close(name, actual, value, 8e-3)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not tnl_kernels.dispatch.HAS_TRITON, reason="needs Triton's interpreter"
+)
+@pytest.mark.usefixtures("small_chunks")
+def test_the_triton_form_inside(monkeypatch):
+    monkeypatch.setitem(tnl_kernels.dispatch.FORM_OF_DEVICE, "cpu", "triton")
+    hidden, weight, labels = inputs(70)
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    actual = loss, *torch.autograd.grad(0.3 * loss, (hidden, weight))
+    for name, a, e in zip(("loss", "dhidden", "dweight"), actual, plain_loss_sum(hidden, weight, labels), strict=True):
+        assert_close(name, a, e)
+
+
+def test_no_rows():
+    hidden, weight, labels = inputs(0)
+    loss, count = linear_cross_entropy(hidden, weight, labels)
+    dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+    assert (loss.item(), count.item(), dhidden.shape) == (0.0, 0, (0, D))
+    assert not dweight.any()
+
+
+def test_shapes_are_found_without_data():
+    hidden, weight, labels = (x.to("meta") for x in inputs(20))
+    loss, count = linear_cross_entropy(hidden, weight, labels)
+    assert (loss.shape, loss.dtype, count.shape, loss.requires_grad) == ((), torch.float32, (), True)
+
+
+def test_a_nan_is_seen_in_the_loss():
+    hidden, weight, labels = inputs(20)
+    with torch.no_grad():
+        weight[5, 5] = float("nan")
+    assert linear_cross_entropy(hidden, weight, labels)[0].isnan()
+
+
+def test_two_runs_are_bitwise_equal():
+    results = []
+    for _ in range(2):
+        hidden, weight, labels = inputs(131, torch.bfloat16)
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_chunks_on_a_gpu_are_equal_and_fit_the_budget():
+    gpu = torch.device("cuda")
+    assert [chunk_rows(N, 64000, gpu) for N in (0, 1, 8192, 16384, 17000, 131072)] == [128, 128, 8192, 8192, 5760, 8192]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", [1000, 1003])
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",), ("weight",)])
+def test_chunks_on_a_gpu_equal_the_plain_formula(monkeypatch, vocab_size, trained):
+    monkeypatch.setattr(tnl.model.loss, "GPU_CHUNK_ELEMENTS", 256 * vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        "hidden": torch.randn(1000, 64, generator=generator).bfloat16().cuda(),
+        "weight": torch.randn(vocab_size, 64, generator=generator).mul(0.3).bfloat16().cuda(),
+    }
+    labels = torch.randint(0, vocab_size, (1000,), generator=generator).cuda()
+    labels[::7] = IGNORE_INDEX
+    expected = dict(zip(("loss", "hidden", "weight"), plain_loss_sum(**leaves, labels=labels), strict=True))
+    for name in trained:
+        leaves[name].requires_grad_()
+    loss, _ = linear_cross_entropy(**leaves, labels=labels)
+    assert_close("loss", loss, expected["loss"], 1e-3)
+    gradients = torch.autograd.grad(0.3 * loss, [leaves[name] for name in trained])
+    for name, gradient in zip(trained, gradients, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        # The logits are rounded to bf16 before the softmax, and the gradients on their way through it.
+        assert_close(name, gradient, expected[name], 8e-3)

@@ -24,7 +24,7 @@ def test_every_command_names_what_exists():
     for command in commands:
         words = command.split()
         name = words[1] if words[0] == "data" else words[0]
-        assert name in ("prepare", "pretrain", "evaluate", "generate", "report", "export"), command
+        assert name in ("prepare", "pretrain", "evaluate", "generate", "report", "export", "doctor"), command
         if name in ("prepare", "pretrain"):
             assert find_config(words[2] if words[0] == "data" else words[1]).is_file()
     for script in re.findall(r"bash (scripts/[a-z_/]+\.sh)", README):

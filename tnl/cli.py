@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_PREEMPTED, UserError
+from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,9 +19,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Train, evaluate and run TransNormerLLM, the language model on lightning attention.",
-    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 70 internal error, 73 cannot write, "
-    "75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or incompatible, 78 run folder in use, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 2 bad usage or configuration, 65 bad data, 69 this machine failed tnl doctor, "
+    "70 internal error, 73 cannot write, 75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or "
+    "incompatible, 78 run folder in use, 130 interrupted.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
@@ -240,6 +240,29 @@ def quickstart(
         fresh=fresh,
         on_bad=on_bad,
     )
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; default: the first GPU, or the CPU where there is none.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
+) -> None:
+    """Check this machine: GPU, driver, versions, and every kernel against its definition.
+
+    Ends with exit code 69 when a check fails. The first run on a GPU compiles the kernels, which takes minutes.
+
+    Examples:
+
+        tnl doctor
+
+        tnl doctor --device cuda:1 --json doctor.json
+    """
+    from tnl.tools.doctor import doctor as run
+
+    if not run(device, json_file, report=lambda text: print(text, flush=True)):
+        raise typer.Exit(EXIT_MACHINE)
 
 
 def main() -> None:

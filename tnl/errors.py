@@ -10,6 +10,7 @@ from collections.abc import Iterable
 EXIT_OK = 0  # finished all steps
 EXIT_USAGE = 2  # bad usage or configuration
 EXIT_DATA = 65  # bad input data
+EXIT_MACHINE = 69  # the machine failed a check of `tnl doctor`
 EXIT_INTERNAL = 70  # a defect of this program
 EXIT_CANNOT_WRITE = 73  # disk full, read-only folder
 EXIT_PREEMPTED = 75  # asked to stop, checkpoint saved: start again to continue

@@ -5,6 +5,7 @@ form for the tensor's device.
 """
 
 from tnl_kernels.attention import lightning_attention, lightning_attention_packed, lightning_attention_state
+from tnl_kernels.cross_entropy import cross_entropy_
 from tnl_kernels.glu import sglu
 from tnl_kernels.lrpe import lrpe
 from tnl_kernels.norm import add_srmsnorm, gated_srmsnorm, srmsnorm
@@ -12,6 +13,7 @@ from tnl_kernels.step import lightning_attention_step
 
 __all__ = [
     "add_srmsnorm",
+    "cross_entropy_",
     "gated_srmsnorm",
     "lightning_attention",
     "lightning_attention_packed",

@@ -6,6 +6,7 @@ from tnl_kernels.attention_torch import torch_lightning_attention, torch_lightni
 from tnl_kernels.checks import (
     check_activation,
     check_cu_seqlens,
+    check_devices,
     check_dtype,
     check_key_value,
     check_num_dims,
@@ -13,9 +14,15 @@ from tnl_kernels.checks import (
     check_slopes,
     check_state,
 )
-from tnl_kernels.dispatch import dispatch
+from tnl_kernels.dispatch import HAS_TRITON, dispatch
 from tnl_kernels.dtypes import FLOATS
 from tnl_kernels.packed_torch import torch_lightning_attention_packed
+
+if HAS_TRITON:
+    from tnl_kernels.attention_triton import triton_lightning_attention, triton_lightning_attention_state
+    from tnl_kernels.packed_triton import triton_lightning_attention_packed
+else:
+    triton_lightning_attention = triton_lightning_attention_state = triton_lightning_attention_packed = None
 
 
 def lightning_attention(
@@ -49,12 +56,13 @@ def lightning_attention(
     Source: TransNormerLLM (arXiv 2307.14995); Lightning Attention-2 (arXiv 2401.04658), algorithms 1 and 2.
     """
     B, T, H, K, V = check_key_value(k, v)
+    check_devices(k.device, q=q, v=v, slopes=slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
     check_shape("q", q, tuple(k.shape), "[B, T, H, K], the shape of k")
     check_dtype("q", q, (k.dtype,))
     check_slopes(slopes, H)
     N = check_cu_seqlens(cu_seqlens, B, T)
     check_state("initial_state", initial_state, (N, H, K, V), "[N, H, K, V]", q.dtype)
-    form = dispatch(q, torch=torch_lightning_attention)
+    form = dispatch(q, torch=torch_lightning_attention, triton=triton_lightning_attention)
     return form(
         q, k, v, slopes, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
@@ -81,10 +89,11 @@ def lightning_attention_state(
     Source: Linear Attention Sequence Parallelism (arXiv 2404.02882): what one rank passes to the next.
     """
     B, T, H, K, V = check_key_value(k, v)
+    check_devices(k.device, v=v, slopes=slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
     check_slopes(slopes, H)
     N = check_cu_seqlens(cu_seqlens, B, T)
     check_state("initial_state", initial_state, (N, H, K, V), "[N, H, K, V]", k.dtype)
-    form = dispatch(k, torch=torch_lightning_attention_state)
+    form = dispatch(k, torch=torch_lightning_attention_state, triton=triton_lightning_attention_state)
     return form(k, v, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
@@ -120,6 +129,7 @@ def lightning_attention_packed(
     check_num_dims("qkvu", qkvu, "[B, T, 4 * H * K]")
     check_dtype("qkvu", qkvu, FLOATS)
     check_activation(activation)
+    check_devices(qkvu.device, slopes=slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
     B, T, width = qkvu.shape
     if num_heads < 1 or width % (4 * num_heads):
         raise ValueError(
@@ -129,7 +139,7 @@ def lightning_attention_packed(
     check_slopes(slopes, num_heads)
     N = check_cu_seqlens(cu_seqlens, B, T)
     check_state("initial_state", initial_state, (N, num_heads, K, K), "[N, H, K, K]", qkvu.dtype)
-    form = dispatch(qkvu, torch=torch_lightning_attention_packed)
+    form = dispatch(qkvu, torch=torch_lightning_attention_packed, triton=triton_lightning_attention_packed)
     return form(
         qkvu,
         slopes,

@@ -17,6 +17,18 @@ def names(values) -> str:
     return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
+def may_look_at(tensor: Tensor) -> bool:
+    """Its values are in host memory, and there are values: not so while a compiler traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """The named tensors are on ``device``, that of the op's first argument."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {device} like the other arguments")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], dims: str) -> None:
     """``tensor`` has the shape ``expected``, called ``dims`` in the message."""
     if tuple(tensor.shape) != expected:
@@ -45,7 +57,7 @@ def check_slopes(slopes: Tensor, H: int) -> None:
     """slopes [H], fp32 (or fp64), finite and not negative."""
     check_shape("slopes", slopes, (H,), "[H]")
     check_dtype("slopes", slopes, (torch.float32, torch.float64))
-    if slopes.device.type == "cpu":
+    if may_look_at(slopes):
         values = slopes.tolist()
         if not all(0 <= value < float("inf") for value in values):
             raise ValueError(f"slopes: got {values}, expected finite values >= 0 (the decay is exp(-slope))")
@@ -60,7 +72,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, B: int, T: int) -> int:
         raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected [N + 1] with N >= 1")
     if B != 1:
         raise ValueError(f"cu_seqlens: got a batch of B = {B}, expected B = 1 (documents are packed along T)")
-    if cu_seqlens.device.type == "cpu":
+    if may_look_at(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0:
             raise ValueError(f"cu_seqlens: got {offsets[0]} as the first offset, expected 0")

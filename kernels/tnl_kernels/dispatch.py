@@ -1,6 +1,7 @@
-"""The one place where a tensor's device chooses the form of an op."""
+"""The one place where a tensor's device and dtype choose the form of an op."""
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 
@@ -8,12 +9,15 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-FORM_OF_DEVICE = {"cpu": "torch", "cuda": "torch", "meta": "torch"}
+# Triton comes with every torch that has CUDA; where it is missing (CPU-only machines), so are its forms.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+FORM_OF_DEVICE = {"cpu": "torch", "cuda": "triton", "meta": "torch"}
 
 
-@functools.cache
-def form_of(device: torch.device | str) -> str:
-    """Name of the forms (``torch``) that the ops take for tensors on ``device``; logged on its first use only.
+def form_of(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the form (``torch`` or ``triton``) that the ops take for tensors on ``device``; logged on first use.
+
+    fp64 tensors take the torch forms on every device: the kernels compute in fp32.
 
     Raises:
         ValueError: a type of device for which no form is known.
@@ -24,11 +28,17 @@ def form_of(device: torch.device | str) -> str:
             f"no op of tnl_kernels is known to work on {device_type} tensors: move them to one of "
             f"{', '.join(FORM_OF_DEVICE)}"
         )
-    name = FORM_OF_DEVICE[device_type]
-    logger.info("ops on %s tensors use the %s forms", device_type, name)
+    name = "torch" if dtype == torch.float64 else FORM_OF_DEVICE[device_type]
+    if not torch.compiler.is_compiling():
+        _log(device_type, dtype == torch.float64, name)
     return name
 
 
+@functools.cache
+def _log(device_type: str, is_fp64: bool, name: str) -> None:
+    logger.info("ops on %s%s tensors use the %s forms", device_type, " fp64" if is_fp64 else "", name)
+
+
 def dispatch(tensor: torch.Tensor, **forms: Callable) -> Callable:
-    """The one of ``forms`` (form name -> function) that ``tensor``'s device chooses."""
-    return forms[form_of(tensor.device.type)]
+    """The one of ``forms`` (form name -> function) that ``tensor``'s device and dtype choose."""
+    return forms[form_of(tensor.device.type, tensor.dtype)]

@@ -1,8 +1,15 @@
 """The gate of the channel mixer."""
 
+import torch
 from torch import Tensor
 
-from tnl_kernels.dispatch import dispatch
+from tnl_kernels.checks import check_devices
+from tnl_kernels.dispatch import HAS_TRITON, dispatch
+
+if HAS_TRITON:
+    from tnl_kernels.glu_triton import triton_sglu
+else:
+    triton_sglu = None
 
 
 def torch_sglu(a: Tensor, b: Tensor) -> Tensor:
@@ -24,6 +31,9 @@ def sglu(a: Tensor, b: Tensor) -> Tensor:
 
     Source: TransNormerLLM (arXiv 2307.14995), SGLU.
     """
+    check_devices(a.device, b=b)
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"b: got {tuple(b.shape)} {b.dtype}, expected {tuple(a.shape)} {a.dtype}, as a")
-    return dispatch(a, torch=torch_sglu)(a, b)
+    # Inductor fuses the torch form with its neighbours; kernels/benchmarks/elementwise.py measures both.
+    on_cuda = torch_sglu if torch.compiler.is_compiling() else triton_sglu
+    return dispatch(a, torch=torch_sglu, triton=on_cuda)(a, b)

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tnl_kernels.checks import check_dtype, check_num_dims, check_shape
-from tnl_kernels.dispatch import dispatch
+from tnl_kernels.checks import check_devices, check_dtype, check_num_dims, check_shape
+from tnl_kernels.dispatch import HAS_TRITON, dispatch
 from tnl_kernels.dtypes import FLOATS, compute_dtype
+
+if HAS_TRITON:
+    from tnl_kernels.lrpe_triton import triton_lrpe
+else:
+    triton_lrpe = None
 
 
 def rotation(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -61,7 +66,7 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     Args:
         x: [B, T, H, K], fp32, bf16, fp16 or fp64.
         theta: [H, 1, K], any float dtype; cast to fp32 (fp64 with fp64 x) before the phase.
-        positions: [T] or [B, T] int64; exact at any position, the phase is reduced in fp64.
+        positions: [T] or [B, T] int64; the phase is reduced to one turn before it is rounded to fp32.
 
     Returns:
         [B, T, H, 2K] in the dtype of x, with gradients to x and theta.
@@ -76,7 +81,10 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     B, T, H, K = x.shape
     check_shape("theta", theta, (H, 1, K), "[H, 1, K]")
     check_dtype("theta", theta, FLOATS)
+    check_devices(x.device, theta=theta, positions=positions)
     check_dtype("positions", positions, (torch.int64,))
     if tuple(positions.shape) not in ((T,), (B, T)):
         raise ValueError(f"positions: got shape {tuple(positions.shape)}, expected [T] = ({T},) or [B, T] = ({B}, {T})")
-    return dispatch(x, torch=torch_lrpe)(x, theta, positions)
+    # Inductor fuses the torch form with its neighbours; kernels/benchmarks/elementwise.py measures both.
+    on_cuda = torch_lrpe if torch.compiler.is_compiling() else triton_lrpe
+    return dispatch(x, torch=torch_lrpe, triton=on_cuda)(x, theta, positions)

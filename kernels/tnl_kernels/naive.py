@@ -131,3 +131,15 @@ def naive_lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     phase = positions[..., None, None].double() * theta  # [T, H, K] or [B, T, H, K]
     wide = x.double()
     return torch.cat((wide * phase.cos(), wide * phase.sin()), -1).to(x.dtype)  # [B, T, H, 2K]
+
+
+def naive_cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, gradient: bool = True) -> Tensor:
+    """logsumexp(x) - x[label] of each row, and softmax(x) - onehot(label) in its place; 0 for rows without a label."""
+    wide = logits.to(compute_dtype(logits.dtype))
+    keep = labels != ignore_index
+    index = torch.where(keep, labels, 0)
+    losses = torch.where(keep, torch.logsumexp(wide, 1) - wide.gather(1, index[:, None])[:, 0], 0.0)  # [N]
+    if gradient:
+        onehot = F.one_hot(index, wide.shape[1])  # [N, vocabulary]
+        logits.copy_(torch.where(keep[:, None], torch.softmax(wide, 1) - onehot, 0.0))
+    return losses

@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tnl_kernels.checks import check_dtype, check_shape
-from tnl_kernels.dispatch import dispatch
+from tnl_kernels.checks import check_devices, check_dtype, check_shape
+from tnl_kernels.dispatch import HAS_TRITON, dispatch
 from tnl_kernels.dtypes import FLOATS, compute_dtype
+
+if HAS_TRITON:
+    from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+else:
+    triton_add_srmsnorm = triton_gated_srmsnorm = triton_srmsnorm = None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -84,7 +89,9 @@ def srmsnorm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     Source: TransNormerLLM (arXiv 2307.14995), SimpleRMSNorm.
     """
     check_dtype("x", x, FLOATS)
-    return dispatch(x, torch=torch_srmsnorm)(x, eps=eps)
+    # Inductor fuses the torch form with its neighbours; kernels/benchmarks/elementwise.py measures both.
+    on_cuda = torch_srmsnorm if torch.compiler.is_compiling() else triton_srmsnorm
+    return dispatch(x, torch=torch_srmsnorm, triton=on_cuda)(x, eps=eps)
 
 
 def add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -106,8 +113,10 @@ def add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Ten
     """
     check_dtype("x", x, FLOATS)
     check_dtype("residual", residual, FLOATS)
+    check_devices(x.device, residual=residual)
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
-    return dispatch(x, torch=torch_add_srmsnorm)(x, residual, eps=eps)
+    on_cuda = torch_add_srmsnorm if torch.compiler.is_compiling() else triton_add_srmsnorm
+    return dispatch(x, torch=torch_add_srmsnorm, triton=on_cuda)(x, residual, eps=eps)
 
 
 def gated_srmsnorm(o: Tensor, u: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -127,5 +136,7 @@ def gated_srmsnorm(o: Tensor, u: Tensor, *, eps: float = 1e-6) -> Tensor:
     """
     check_dtype("o", o, FLOATS)
     check_dtype("u", u, (o.dtype,))
+    check_devices(o.device, u=u)
     check_shape("u", u, tuple(o.shape), "the shape of o")
-    return dispatch(o, torch=torch_gated_srmsnorm)(o, u, eps=eps)
+    on_cuda = torch_gated_srmsnorm if torch.compiler.is_compiling() else triton_gated_srmsnorm
+    return dispatch(o, torch=torch_gated_srmsnorm, triton=on_cuda)(o, u, eps=eps)

@@ -4,9 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnl_kernels.checks import check_activation, check_dtype, check_num_dims, check_shape, check_slopes, check_state
-from tnl_kernels.dispatch import dispatch
+from tnl_kernels.checks import (
+    check_activation,
+    check_devices,
+    check_dtype,
+    check_num_dims,
+    check_shape,
+    check_slopes,
+    check_state,
+    may_look_at,
+)
+from tnl_kernels.dispatch import HAS_TRITON, dispatch
 from tnl_kernels.dtypes import FLOATS, without_autocast
+
+if HAS_TRITON:
+    from tnl_kernels.step_triton import triton_lightning_attention_step
+else:
+    triton_lightning_attention_step = None
 
 
 @torch.no_grad()
@@ -52,12 +66,13 @@ def lightning_attention_step(
     """S = exp(-slope) S + k^T v; o = q S, for one token of each row; ``state`` is updated in place. Gives no gradients.
 
     Args:
-        q, k: [B, H, K], fp32, bf16, fp16 or fp64.
+        q, k: [B, H, K], fp32, bf16, fp16 or fp64; any strides, as of every tensor here.
         v: [B, H, V], dtype of k.
         slopes: [H] fp32, >= 0.
         state: [slots, H, K, V] fp32 (fp64 with fp64 inputs), updated in place.
         slots: [B] int32 or int64, the state of each row, no slot twice; a negative slot is padding: its output is 0 and
-            no state changes. None: row b has slot b, and state has B slots.
+            no state changes. None: row b has slot b, and state has B slots. On a GPU, where no value is checked, a slot
+            beyond the table gives NaN and changes no state.
         activation: "silu" on q and k, computed in fp32, or None.
 
     Returns:
@@ -77,6 +92,7 @@ def lightning_attention_step(
     check_shape("v", v, (B, H, V), "[B, H, V]")
     check_dtype("q", q, (k.dtype,))
     check_dtype("v", v, (k.dtype,))
+    check_devices(k.device, q=q, v=v, slopes=slopes, state=state, slots=slots)
     check_slopes(slopes, H)
     check_activation(activation)
     check_num_dims("state", state, "[slots, H, K, V]")
@@ -84,7 +100,7 @@ def lightning_attention_step(
     check_state("state", state, (num_slots, H, K, V), "[slots, H, K, V]", k.dtype)
     if slots is not None:
         check_slots(slots, B, num_slots)
-    form = dispatch(q, torch=torch_lightning_attention_step)
+    form = dispatch(q, torch=torch_lightning_attention_step, triton=triton_lightning_attention_step)
     return form(q, k, v, slopes, state, slots=slots, activation=activation)
 
 
@@ -92,7 +108,7 @@ def check_slots(slots: Tensor, B: int, num_slots: int) -> None:
     """slots int32 or int64 [B], below ``num_slots``, no slot twice; negative ones are padding."""
     check_shape("slots", slots, (B,), "[B]")
     check_dtype("slots", slots, (torch.int32, torch.int64))
-    if slots.device.type == "cpu":
+    if may_look_at(slots):
         used = [slot for slot in slots.tolist() if slot >= 0]
         if any(slot >= num_slots for slot in used):
             raise ValueError(f"slots: got {max(used)}, expected less than the {num_slots} slots of state")

@@ -1,0 +1,234 @@
+"""The Triton kernels of attention over a sequence: what each program walks, where it begins and what it leaves.
+
+One program walks one segment of one sequence (a row of the batch, or a document) for one head and one tile of columns.
+The backward pass is three walks of the same scan on other arguments (roles), with S the state and dS its gradient:
+
+    dq: forward in time, (q, k, v) := (do, v, k), state S^T
+    dk: in reversed time, (q, k, v) := (v, do, q), state dS^T
+    dv: in reversed time, (q, k, v) := (k, q, do), state dS
+
+Programs of the same walk stand side by side, so that what several read comes from the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+from tnl_kernels.scan_triton import LOG2_E, scan
+
+# Segments begin at multiples of this, whatever the chunk of the kernel that walks them.
+SEGMENT_ROWS = tl.constexpr(128)
+# Changes from call to call must not compile anew.
+VARIABLE = ["T", "H", "num_segments", "first_segment", "num_walked"]
+
+
+@triton.jit
+def sequence(i_n, cu_seqlens, T, IS_PACKED: tl.constexpr):
+    """Sequence ``i_n``: its row of the batch, its first token there, its length."""
+    if IS_PACKED:
+        o_first = tl.load(cu_seqlens + i_n)
+        return 0, o_first, tl.load(cu_seqlens + i_n + 1) - o_first
+    return i_n, 0, T
+
+
+@triton.jit
+def segment(i_s, length, num_segments):
+    """First row and number of rows of segment ``i_s`` of a sequence of ``length`` rows."""
+    rows = tl.cdiv(tl.cdiv(length, SEGMENT_ROWS), num_segments) * SEGMENT_ROWS
+    o_first = tl.minimum(i_s * rows, length)
+    return o_first, tl.minimum(rows, length - o_first)
+
+
+@triton.jit
+def load_state(
+    state, i_state, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, PRESENT: tl.constexpr
+):
+    """[rows, cols] of state number ``i_state``, zero where there is none."""
+    if PRESENT:
+        p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+        return tl.load(p_s, mask=(o_row < ROWS)[:, None] & (o_col < COLS)[None, :], other=0.0)
+    return tl.zeros([o_row.shape[0], o_col.shape[0]], dtype=tl.float32)
+
+
+@triton.jit
+def store_state(
+    state, i_state, b_s, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRESENT: tl.constexpr,
+):  # fmt: skip
+    """Write [rows, cols] of state number ``i_state``, if it is wanted."""
+    if PRESENT:
+        p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+        tl.store(p_s, b_s, mask=(o_row < ROWS)[:, None] & (o_col < COLS)[None, :])
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def attention_fwd_kernel(
+    q, k, v, o, slopes, state, final_state, cu_seqlens, order, T, H, num_segments, first_segment, num_walked,
+    stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
+    stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
+    stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
+    stride_ob: tl.int64, stride_ot, stride_oh: tl.int64,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, SILU: tl.constexpr, STORE_O: tl.constexpr,
+    USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """o and the state after each segment, or that state alone (in reversed time: before it).
+
+    State number (n, segment, h) is [K, V] fp32. Grid: sequences * num_walked segments * H * tiles of V.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v = pid % tiles
+    i_h = (pid // tiles) % H
+    i_s = first_segment + (pid // tiles // H) % num_walked
+    i_n = pid // tiles // H // num_walked
+    if IS_ORDERED:
+        i_n = tl.load(order + i_n)
+    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
+    o_segment, length = segment(i_s, length, num_segments)
+    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
+    i_state = (i_n * num_segments + i_s) * H + i_h
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    b_s = load_state(state, i_state, o_v, o_k, 1, V, V, K, USE_STATE)
+    p_q = q + i_b * stride_qb + i_t * stride_qt + i_h * stride_qh
+    b_s = scan(
+        b_s,
+        p_q,
+        k + i_b * stride_kb + i_t * stride_kt + i_h * stride_kh,
+        v + i_b * stride_vb + i_t * stride_vt + i_h * stride_vh,
+        p_q,
+        o + i_b * stride_ob + i_t * stride_ot + i_h * stride_oh,
+        stride_qt, stride_kt, stride_vt, stride_qt, stride_ot, length, tl.load(slopes + i_h), i_v,
+        K, V, BT, BK, BV, REVERSE, SILU, SILU, False, False, STORE_O, PRECISION, STAGES,
+    )  # fmt: skip
+    store_state(final_state, i_state, b_s, o_v, o_k, 1, V, V, K, STORE_STATE)
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def attention_bwd_kernel(
+    q, k, v, do, dq, dk, dv, slopes, state, dstate, dinitial, cu_seqlens, order, T, H, num_segments,
+    stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
+    stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
+    stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
+    stride_dob: tl.int64, stride_dot, stride_doh: tl.int64,
+    stride_dqb: tl.int64, stride_dqt, stride_dqh: tl.int64,
+    stride_dkb: tl.int64, stride_dkt, stride_dkh: tl.int64,
+    stride_dvb: tl.int64, stride_dvt, stride_dvh: tl.int64,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BT_K: tl.constexpr, BT_V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
+    SILU: tl.constexpr, STORE_DQ: tl.constexpr, USE_STATE: tl.constexpr, USE_DSTATE: tl.constexpr,
+    STORE_DINITIAL: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv as three roles of one scan; the program's number selects the role and its tile of columns.
+
+    ``state`` holds the state before each segment, ``dstate`` the gradient of that after it, both [K, V] fp32; the dv
+    role leaves the gradient of the state before the segment in ``dinitial``. TILE_K and BT_K are the tile and chunk of
+    the roles that make columns of K (dq and dk), TILE_V and BT_V those of dv. Grid: sequences * segments * H * tiles.
+    """
+    tiles_k: tl.constexpr = (K + TILE_K - 1) // TILE_K
+    tiles_v: tl.constexpr = (V + TILE_V - 1) // TILE_V
+    tiles: tl.constexpr = tiles_v + (2 if STORE_DQ else 1) * tiles_k
+    pid = tl.program_id(0)
+    i_tile = pid % tiles
+    i_h = (pid // tiles) % H
+    i_s = (pid // tiles // H) % num_segments
+    i_n = pid // tiles // H // num_segments
+    if IS_ORDERED:
+        i_n = tl.load(order + i_n)
+    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
+    o_segment, length = segment(i_s, length, num_segments)
+    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
+    i_state = (i_n * num_segments + i_s) * H + i_h
+    slope = tl.load(slopes + i_h)
+    p_q = q + i_b * stride_qb + i_t * stride_qt + i_h * stride_qh
+    p_k = k + i_b * stride_kb + i_t * stride_kt + i_h * stride_kh
+    p_v = v + i_b * stride_vb + i_t * stride_vt + i_h * stride_vh
+    p_do = do + i_b * stride_dob + i_t * stride_dot + i_h * stride_doh
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    if i_tile < tiles_v:
+        o_dv = i_tile * TILE_V + tl.arange(0, TILE_V)
+        b_ds = load_state(dstate, i_state, o_dv, o_k, 1, V, V, K, USE_DSTATE)
+        b_ds = scan(
+            b_ds, p_k, p_q, p_do, p_k, dv + i_b * stride_dvb + i_t * stride_dvt + i_h * stride_dvh,
+            stride_kt, stride_qt, stride_dot, stride_kt, stride_dvt, length, slope, i_tile,
+            K, V, BT_V, BK, TILE_V, True, SILU, SILU, False, False, True, PRECISION, STAGES,
+        )  # fmt: skip
+        store_state(dinitial, i_state, b_ds, o_dv, o_k, 1, V, V, K, STORE_DINITIAL)
+    elif i_tile < tiles_v + tiles_k:
+        i_dk = i_tile - tiles_v
+        o_dk = i_dk * TILE_K + tl.arange(0, TILE_K)
+        b_dst = load_state(dstate, i_state, o_dk, o_v, V, 1, K, V, USE_DSTATE)
+        scan(
+            b_dst, p_v, p_do, p_q, p_k, dk + i_b * stride_dkb + i_t * stride_dkt + i_h * stride_dkh,
+            stride_vt, stride_dot, stride_qt, stride_kt, stride_dkt, length, slope, i_dk,
+            V, K, BT_K, BV, TILE_K, True, False, False, SILU, SILU, True, PRECISION, STAGES,
+        )  # fmt: skip
+    elif STORE_DQ:
+        i_dq = i_tile - tiles_v - tiles_k
+        o_dq = i_dq * TILE_K + tl.arange(0, TILE_K)
+        b_st = load_state(state, i_state, o_dq, o_v, V, 1, K, V, USE_STATE)
+        scan(
+            b_st, p_do, p_v, p_k, p_q, dq + i_b * stride_dqb + i_t * stride_dqt + i_h * stride_dqh,
+            stride_dot, stride_vt, stride_kt, stride_qt, stride_dqt, length, slope, i_dq,
+            V, K, BT_K, BV, TILE_K, False, False, False, SILU, SILU, True, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def combine_kernel(
+    states, initial, final, slopes, cu_seqlens, T, H, num_segments, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """states [N, segments, H, SIZE]: what each segment adds becomes, in place, the state that each begins with.
+
+    In reversed time the last segment begins. ``initial`` and ``final`` [N, H, SIZE] are the states at the two ends.
+    Grid: N * H * blocks of SIZE.
+    """
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    o_x = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < SIZE
+    i_h = (pid // blocks) % H
+    i_n = pid // blocks // H
+    rate = tl.load(slopes + i_h) * LOG2_E
+    _, _, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
+    o_ends = (i_n * H + i_h).to(tl.int64) * SIZE
+    if USE_STATE:
+        b_s = tl.load(initial + o_ends + o_x, mask=m_x, other=0.0)
+    else:
+        b_s = tl.zeros([BLOCK], dtype=tl.float32)
+    # The last one walked is not needed to begin any: only the state at the end has it.
+    num_combined = num_segments if STORE_STATE else num_segments - 1
+    for i in range(0, num_combined):
+        i_s = num_segments - 1 - i if REVERSE else i
+        _, rows = segment(i_s, length, num_segments)
+        p_x = states + ((i_n * num_segments + i_s) * H + i_h).to(tl.int64) * SIZE + o_x
+        b_added = tl.load(p_x, mask=m_x, other=0.0)
+        tl.store(p_x, b_s, mask=m_x)
+        b_s = b_s * tl.exp2(-rate * rows) + b_added
+    if STORE_STATE:
+        tl.store(final + o_ends + o_x, b_s, mask=m_x)
+    else:
+        i_s = 0 if REVERSE else num_segments - 1
+        tl.store(states + ((i_n * num_segments + i_s) * H + i_h).to(tl.int64) * SIZE + o_x, b_s, mask=m_x)
+
+
+@triton.jit(do_not_specialize=["N"])
+def order_kernel(cu_seqlens, order, N, BLOCK: tl.constexpr):
+    """order [N]: the documents, the longest first, so that no long one is left when the others are done."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    b_length = tl.load(cu_seqlens + o_n + 1, mask=m_n, other=0) - tl.load(cu_seqlens + o_n, mask=m_n, other=0)
+    b_rank = tl.zeros([BLOCK], dtype=tl.int32)
+    for o_first in range(0, N, BLOCK):
+        o_m = o_first + tl.arange(0, BLOCK)
+        m_m = o_m < N
+        b_other = tl.load(cu_seqlens + o_m + 1, mask=m_m, other=0) - tl.load(cu_seqlens + o_m, mask=m_m, other=0)
+        longer = (b_other[None, :] > b_length[:, None]) | (
+            (b_other[None, :] == b_length[:, None]) & (o_m[None, :] < o_n[:, None])
+        )
+        b_rank += tl.sum((longer & m_m[None, :]).to(tl.int32), axis=1)
+    tl.store(order + b_rank, o_n, mask=m_n)

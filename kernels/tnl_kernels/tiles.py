@@ -1,0 +1,104 @@
+"""Which tiles the attention kernels take on which GPU: a small table, and never a measurement at run time.
+
+Timing would let ranks and restarts choose differently, and sums of other tiles round differently: a run would not
+resume bit for bit.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+# Of a card about which nothing can be asked (a CPU under Triton's interpreter, the meta device).
+DEFAULT_SHARED_MEMORY = 232448
+DEFAULT_MULTIPROCESSORS = 132
+
+
+class Tiles(NamedTuple):
+    """chunk: rows walked at a time. columns: of the output, in one program. The rest are Triton's launch options."""
+
+    chunk: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+class BackwardTiles(NamedTuple):
+    """Of the dq and dk roles (``_k``: columns of K) and of the dv role (``_v``: columns of V), in one launch."""
+
+    chunk_k: int
+    columns_k: int
+    chunk_v: int
+    columns_v: int
+    num_warps: int
+    num_stages: int
+
+
+# (architecture, widest head dim) -> chunk, columns, num_warps, num_stages for bf16; measured on one H100 80GB.
+HOPPER = {64: Tiles(32, 64, 4, 5), 128: Tiles(32, 128, 8, 4), 256: Tiles(16, 128, 8, 4)}
+# Not measured: fewer stages and columns fit the shared memory and registers of every card from Ampere on.
+OTHER = {64: Tiles(32, 64, 4, 3), 128: Tiles(32, 64, 4, 3), 256: Tiles(16, 64, 4, 2)}
+# fp32 dots (of fp16 and fp32 tensors) need twice the room.
+WIDE = {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 4, 2)}
+
+
+@functools.cache
+def properties(device: torch.device) -> tuple[int, int, int]:
+    """Major compute capability, shared memory in bytes that one program can have, number of multiprocessors."""
+    if device.type != "cuda":
+        return 9, DEFAULT_SHARED_MEMORY, DEFAULT_MULTIPROCESSORS
+    card = torch.cuda.get_device_properties(device)
+    return card.major, card.shared_memory_per_block_optin, card.multi_processor_count
+
+
+def block(dim: int) -> int:
+    """The power of two, 16 at least, that holds a head dim."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def shared_memory(tiles: Tiles, inner: int, dtype: torch.dtype, silu: bool) -> int:
+    """Bytes of shared memory of a program, from above: tiles in flight, and copies made on chip."""
+    size = 2 if dtype == torch.bfloat16 else 4
+    rows = (tiles.num_stages - 1) * (2 * inner + tiles.columns) + tiles.columns + (4 * inner if silu else 0)
+    if dtype != torch.bfloat16:
+        rows += 3 * inner + tiles.columns
+    return tiles.chunk * size * rows
+
+
+@functools.cache
+def attention_tiles(inner: int, outer: int, dtype: torch.dtype, silu: bool, device: torch.device) -> Tiles:
+    """Tiles of a walk whose queries and keys have ``inner`` columns and whose outputs have ``outer``.
+
+    Raises:
+        ValueError: the card's shared memory holds not even the smallest tiles.
+    """
+    major, available, _ = properties(device)
+    inner = block(inner)
+    table = WIDE if dtype != torch.bfloat16 else HOPPER if major == 9 else OTHER
+    chosen = table[max(64, inner)]
+    columns = min(chosen.columns, block(outer))
+    if columns < chosen.columns:
+        chosen = chosen._replace(columns=columns, num_warps=min(4, chosen.num_warps))
+    if inner > 64 and columns * inner <= 64 * 64:
+        chosen = chosen._replace(num_warps=4)
+    smaller = [chosen._replace(num_stages=stages) for stages in range(chosen.num_stages, 1, -1)]
+    smaller += [Tiles(16, min(columns, 64), 4, 2), Tiles(16, min(columns, 32), 4, 2)]
+    for tiles in smaller:
+        if shared_memory(tiles, inner, dtype, silu) <= available:
+            return tiles
+    raise ValueError(
+        f"a head dim of {inner} needs {shared_memory(smaller[-1], inner, dtype, silu)} bytes of shared memory for each "
+        f"program, {device} has {available}: use a smaller head dim or another GPU"
+    )
+
+
+@functools.cache
+def attention_bwd_tiles(K: int, V: int, dtype: torch.dtype, silu: bool, device: torch.device) -> BackwardTiles:
+    """Tiles of the backward pass: its roles share the launch options of the one that needs most."""
+    of_k = attention_tiles(V, K, dtype, silu, device)
+    of_v = attention_tiles(K, V, dtype, silu, device)
+    num_warps = max(of_k.num_warps, of_v.num_warps)
+    num_stages = min(of_k.num_stages, of_v.num_stages)
+    if block(max(K, V)) == 64:
+        num_stages = min(3, num_stages)  # measured: more are slower here, unlike in the forward pass
+    return BackwardTiles(of_k.chunk, of_k.columns, of_v.chunk, of_v.columns, num_warps, num_stages)
