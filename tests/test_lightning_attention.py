@@ -12,71 +12,30 @@ from tnl_kernels import (
 from tnl_kernels.naive import (
     naive_lightning_attention,
     naive_lightning_attention_packed,
-    naive_lightning_attention_state,
     naive_lightning_attention_step,
 )
 
+from tests.attention_inputs import (
+    ALIBI,
+    check_attention,
+    check_attention_packed,
+    check_attention_state,
+    int32,
+    random_inputs,
+    random_packed,
+    with_gradients,
+)
 from tests.closeness import assert_close
-
-ALIBI = (2.0**-4, 2.0**-8)
-
-
-def random_inputs(T, K, V, *, B=1, H=2, N=None, dtype=torch.float32, seed=0):
-    """q, k, v, an initial state and gradients of both outputs, all in ``dtype`` but the states."""
-    generator = torch.Generator().manual_seed(seed)
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    N = B if N is None else N
-    q, k, v, do = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H, V), normal(B, T, H, V)
-    return q, k, v, normal(N, H, K, V, dtype=state_dtype), do, normal(N, H, K, V, dtype=state_dtype)
-
-
-def with_gradients(op, inputs, doutputs):
-    """Outputs of ``op(*inputs)``, and the gradients of the inputs for the given gradients of the outputs."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = op(*leaves)
-    return outputs, torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True)
-
-
-def check_against_definition(q, k, v, state, do, dfinal, slopes, cu_seqlens=None):
-    """Outputs and gradients of the op within the bound of its dtype from the definition in fp64, head by head."""
-
-    def of(op, slopes):
-        return lambda q, k, v, state: op(
-            q, k, v, slopes, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
-        )
-
-    actual = with_gradients(of(lightning_attention, slopes), (q, k, v, state), (do, dfinal))
-    wide = [x.double() for x in (q, k, v, state, do, dfinal)]
-    expected = with_gradients(of(naive_lightning_attention, slopes.double()), wide[:4], wide[4:])
-    for i_h, slope in enumerate(slopes.tolist()):
-        for name, a, e in zip(("o", "dq", "dk", "dv"), *tokens_of(actual, expected), strict=True):
-            assert_close(f"{name}, slope {slope}", a[:, :, i_h], e[:, :, i_h])
-        for name, a, e in zip(("final_state", "dstate"), *states_of(actual, expected), strict=True):
-            assert_close(f"{name}, slope {slope}", a[:, i_h], e[:, i_h])
-
-
-def tokens_of(*results):
-    """o, dq, dk, dv of each of the results of `with_gradients`."""
-    return ((outputs[0], *gradients[:3]) for outputs, gradients in results)
-
-
-def states_of(*results):
-    """The final state and dstate of each of the results of `with_gradients`."""
-    return ((outputs[1], gradients[3]) for outputs, gradients in results)
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 500, 1000])
 def test_equals_the_definition_at_every_length(T):
-    check_against_definition(*random_inputs(T, 16, 32, B=2, H=5), torch.tensor([0.0, *ALIBI, 0.5, 50.0]))
+    check_attention(lightning_attention, *random_inputs(T, 16, 32, B=2, H=5), torch.tensor([0.0, *ALIBI, 0.5, 50.0]))
 
 
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 32), (96, 96), (128, 128), (128, 16), (20, 96)])
 def test_equals_the_definition_at_every_head_dim(K, V):
-    check_against_definition(*random_inputs(150, K, V), torch.tensor(ALIBI))
+    check_attention(lightning_attention, *random_inputs(150, K, V), torch.tensor(ALIBI))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +44,7 @@ def test_equals_the_definition_at_every_head_dim(K, V):
 )
 def test_packed_documents_equal_the_definition(cu_seqlens):
     inputs = random_inputs(300, 16, 24, N=len(cu_seqlens) - 1)
-    check_against_definition(*inputs, torch.tensor(ALIBI), torch.tensor(cu_seqlens, dtype=torch.int32))
+    check_attention(lightning_attention, *inputs, torch.tensor(ALIBI), int32(*cu_seqlens))
 
 
 def test_documents_do_not_see_each_other():
@@ -99,7 +58,7 @@ def test_documents_do_not_see_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype):
-    check_against_definition(*random_inputs(300, 64, 64, dtype=dtype), torch.tensor(ALIBI))
+    check_attention(lightning_attention, *random_inputs(300, 64, 64, dtype=dtype), torch.tensor(ALIBI))
 
 
 def test_whole_equals_pieces_forward_and_backward():
@@ -129,17 +88,7 @@ def test_state_op_equals_the_final_state(cu_seqlens):
     q, k, v, state, _, dstate = random_inputs(200, 16, 24, N=N)
     slopes = torch.tensor(ALIBI)
 
-    def of(op, slopes):
-        return lambda k, v, state: op(k, v, slopes, initial_state=state, cu_seqlens=cu_seqlens)
-
-    wide = [x.double() for x in (k, v, state)]
-    actual, gradients = with_gradients(of(lightning_attention_state, slopes), (k, v, state), dstate)
-    expected, wide_gradients = with_gradients(
-        of(naive_lightning_attention_state, slopes.double()), wide, dstate.double()
-    )
-    assert_close("state", actual, expected)
-    for name, a, e in zip(("dk", "dv", "dstate"), gradients, wide_gradients, strict=True):
-        assert_close(name, a, e)
+    actual, *_ = check_attention_state(lightning_attention_state, k, v, state, dstate, slopes, cu_seqlens)
     _, final = lightning_attention(q, k, v, slopes, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
     assert torch.equal(actual, final)
 
@@ -274,34 +223,18 @@ def test_packed_op_equals_the_definition(activation, dtype, cu_seqlens):
     N = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     cu_seqlens = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
     _, _, _, state, do, dfinal = random_inputs(200, 16, 16, N=N, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    qkvu, du = (torch.randn(1, 200, width, generator=generator).to(dtype) for width in (128, 32))
-    slopes = torch.tensor(ALIBI)
-
-    def of(op, slopes):
-        return lambda qkvu, state: op(
-            qkvu,
-            slopes,
-            num_heads=2,
-            activation=activation,
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=cu_seqlens,
-        )
-
-    doutputs = (do, du, dfinal)
-    actual = with_gradients(of(lightning_attention_packed, slopes), (qkvu, state), doutputs)
-    expected = with_gradients(
-        of(naive_lightning_attention_packed, slopes.double()),
-        (qkvu.double(), state.double()),
-        [x.double() for x in doutputs],
+    qkvu, du = random_packed(200, 16, dtype=dtype)
+    check_attention_packed(
+        lightning_attention_packed,
+        qkvu,
+        du,
+        state,
+        do,
+        dfinal,
+        torch.tensor(ALIBI),
+        cu_seqlens,
+        activation=activation,
     )
-    for name, a, e in zip(("o", "u", "final_state"), actual[0], expected[0], strict=True):
-        assert_close(name, a, e)
-    parts = (x[1][0].chunk(4, -1) for x in (actual, expected))
-    for name, a, e in zip(("dq", "dk", "dv", "du"), *parts, strict=True):
-        assert_close(name, a, e)
-    assert_close("dstate", actual[1][1], expected[1][1])
 
 
 def test_packed_op_equals_the_unpacked_op():
@@ -374,10 +307,6 @@ def test_step_leaves_no_graph():
     o = lightning_attention_step(q, q, q, torch.tensor(ALIBI), state)
     assert not o.requires_grad
     assert not state.requires_grad
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 GOOD = dict(q=torch.zeros(1, 8, 2, 4), k=torch.zeros(1, 8, 2, 4), v=torch.zeros(1, 8, 2, 6), slopes=torch.tensor(ALIBI))

@@ -18,7 +18,7 @@ from tnl_kernels.scan_triton import LOG2_E, scan
 # Segments begin at multiples of this, whatever the chunk of the kernel that walks them.
 SEGMENT_ROWS = tl.constexpr(128)
 # Changes from call to call must not compile anew.
-VARIABLE = ["T", "H", "num_segments", "first_segment", "num_walked"]
+VARIABLE = ["T", "H", "N", "num_segments", "num_forward"]
 
 
 @triton.jit
@@ -31,9 +31,15 @@ def sequence(i_n, cu_seqlens, T, IS_PACKED: tl.constexpr):
 
 
 @triton.jit
+def segment_rows(length, num_segments):
+    """Rows of every segment but the last ones of a sequence of ``length`` rows."""
+    return tl.cdiv(tl.cdiv(length, SEGMENT_ROWS), num_segments) * SEGMENT_ROWS
+
+
+@triton.jit
 def segment(i_s, length, num_segments):
     """First row and number of rows of segment ``i_s`` of a sequence of ``length`` rows."""
-    rows = tl.cdiv(tl.cdiv(length, SEGMENT_ROWS), num_segments) * SEGMENT_ROWS
+    rows = segment_rows(length, num_segments)
     o_first = tl.minimum(i_s * rows, length)
     return o_first, tl.minimum(rows, length - o_first)
 
@@ -62,26 +68,25 @@ def store_state(
 
 @triton.jit(do_not_specialize=VARIABLE)
 def attention_fwd_kernel(
-    q, k, v, o, slopes, state, final_state, cu_seqlens, order, T, H, num_segments, first_segment, num_walked,
+    q, k, v, o, slopes, state, final_state, cu_seqlens, order, T, H, num_segments,
     stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
     stride_ob: tl.int64, stride_ot, stride_oh: tl.int64,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, STORE_O: tl.constexpr,
-    USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_ORDERED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o and the state after each segment, or that state alone (in reversed time: before it).
+    """o and the state after each segment.
 
-    State number (n, segment, h) is [K, V] fp32. Grid: sequences * num_walked segments * H * tiles of V.
+    State number (n, segment, h) is [K, V] fp32. Grid: sequences * segments * H * tiles of V.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     i_v = pid % tiles
     i_h = (pid // tiles) % H
-    i_s = first_segment + (pid // tiles // H) % num_walked
-    i_n = pid // tiles // H // num_walked
+    i_s = (pid // tiles // H) % num_segments
+    i_n = pid // tiles // H // num_segments
     if IS_ORDERED:
         i_n = tl.load(order + i_n)
     i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
@@ -100,7 +105,7 @@ def attention_fwd_kernel(
         p_q,
         o + i_b * stride_ob + i_t * stride_ot + i_h * stride_oh,
         stride_qt, stride_kt, stride_vt, stride_qt, stride_ot, length, tl.load(slopes + i_h), i_v,
-        K, V, BT, BK, BV, REVERSE, SILU, SILU, False, False, STORE_O, PRECISION, STAGES,
+        K, V, BT, BK, BV, False, SILU, SILU, False, False, True, PRECISION, STAGES,
     )  # fmt: skip
     store_state(final_state, i_state, b_s, o_v, o_k, 1, V, V, K, STORE_STATE)
 
@@ -177,43 +182,140 @@ def attention_bwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def added_state(
+    pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, SKIP: tl.constexpr, SILU: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What one segment alone adds to the state at its end (in reversed time: at its beginning)."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    num_walked = num_segments - 1 if SKIP else num_segments
+    i_v = pid % tiles
+    i_h = (pid // tiles) % H
+    i_s = (pid // tiles // H) % num_walked
+    i_n = pid // tiles // H // num_walked
+    if SKIP and REVERSE:
+        i_s += 1
+    if IS_ORDERED:
+        i_n = tl.load(order + i_n)
+    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
+    o_segment, length = segment(i_s, length, num_segments)
+    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    p_k = k + i_b * stride_kb + i_t * stride_kt + i_h * stride_kh
+    b_s = scan(
+        tl.zeros([BV, BK], dtype=tl.float32), p_k, p_k, v + i_b * stride_vb + i_t * stride_vt + i_h * stride_vh, p_k,
+        p_k, stride_kt, stride_kt, stride_vt, stride_kt, stride_kt, length, tl.load(slopes + i_h), i_v,
+        K, V, BT, BK, BV, REVERSE, SILU, SILU, False, False, False, PRECISION, STAGES,
+    )  # fmt: skip
+    store_state(states, (i_n * num_segments + i_s) * H + i_h, b_s, o_v, o_k, 1, V, V, K, True)
+
+
 @triton.jit(do_not_specialize=VARIABLE)
-def combine_kernel(
-    states, initial, final, slopes, cu_seqlens, T, H, num_segments, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
+def states_kernel(
+    q, k, v, do, states, dstates, slopes, cu_seqlens, order, T, H, num_segments, num_forward,
+    stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
+    stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
+    stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
+    stride_dob: tl.int64, stride_dot, stride_doh: tl.int64,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr, SKIP_D: tl.constexpr, SILU: tl.constexpr,
+    IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """States [N, segments, H, K, V] that segments add: of (k, v), and in reversed time of (q, do).
+
+    SKIP leaves out the segment at the end of the walk, which adds to no other. Grid: num_forward programs of the first
+    kind, then those of the second.
+    """
+    pid = tl.program_id(0)
+    if FORWARD and (not BACKWARD or pid < num_forward):
+        added_state(
+            pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments,
+            stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+            K, V, BT, BK, BV, False, SKIP, SILU, IS_PACKED, IS_ORDERED, PRECISION, STAGES,
+        )  # fmt: skip
+    elif BACKWARD:
+        added_state(
+            pid - num_forward, q, do, dstates, slopes, cu_seqlens, order, T, H, num_segments,
+            stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
+            K, V, BT, BK, BV, True, SKIP_D, SILU, IS_PACKED, IS_ORDERED, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine(
+    pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, REVERSE: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """states [N, segments, H, SIZE]: what each segment adds becomes, in place, the state that each begins with.
 
     In reversed time the last segment begins. ``initial`` and ``final`` [N, H, SIZE] are the states at the two ends.
-    Grid: N * H * blocks of SIZE.
+    GROUP segments are read at once: one after the other, each would wait for memory.
     """
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    pid = tl.program_id(0)
     o_x = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    m_x = o_x < SIZE
+    m_x = (o_x < SIZE)[None, :]
     i_h = (pid // blocks) % H
     i_n = pid // blocks // H
     rate = tl.load(slopes + i_h) * LOG2_E
     _, _, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
     o_ends = (i_n * H + i_h).to(tl.int64) * SIZE
     if USE_STATE:
-        b_s = tl.load(initial + o_ends + o_x, mask=m_x, other=0.0)
+        b_s = tl.load(initial + o_ends + o_x, mask=o_x < SIZE, other=0.0)
     else:
         b_s = tl.zeros([BLOCK], dtype=tl.float32)
-    # The last one walked is not needed to begin any: only the state at the end has it.
-    num_combined = num_segments if STORE_STATE else num_segments - 1
-    for i in range(0, num_combined):
+    # What the last one adds begins no segment: it was only made where the state at the end is asked for.
+    num_added = num_segments if STORE_STATE else num_segments - 1
+    rows = segment_rows(length, num_segments)
+    o_g = tl.arange(0, GROUP)
+    for i_first in range(0, num_segments, GROUP):
+        i = i_first + o_g  # in the order of the walk
         i_s = num_segments - 1 - i if REVERSE else i
-        _, rows = segment(i_s, length, num_segments)
-        p_x = states + ((i_n * num_segments + i_s) * H + i_h).to(tl.int64) * SIZE + o_x
-        b_added = tl.load(p_x, mask=m_x, other=0.0)
-        tl.store(p_x, b_s, mask=m_x)
-        b_s = b_s * tl.exp2(-rate * rows) + b_added
+        if REVERSE:
+            walked = length - tl.minimum((i_s + 1) * rows, length)  # rows before segment i
+            after = length - tl.minimum(tl.maximum(i_s, 0) * rows, length)
+        else:
+            walked = tl.minimum(i * rows, length)
+            after = tl.minimum((i + 1) * rows, length)
+        begin = tl.min(walked, axis=0)
+        end = tl.max(after, axis=0)
+        p_x = states + ((i_n * num_segments + i_s) * H + i_h).to(tl.int64)[:, None] * SIZE + o_x[None, :]
+        b_added = tl.load(p_x, mask=(i < num_added)[:, None] & m_x, other=0.0)  # [GROUP, BLOCK]
+        distance = tl.maximum(walked[:, None] - after[None, :], 0)
+        decay = tl.where(o_g[:, None] > o_g[None, :], tl.exp2(-rate * distance), 0.0)  # [to, from]
+        b_begin = tl.sum(decay[:, :, None] * b_added[None, :, :], axis=1)
+        b_begin += tl.exp2(-rate * (walked - begin))[:, None] * b_s[None, :]
+        tl.store(p_x, b_begin, mask=(i < num_segments)[:, None] & m_x)
+        b_s = b_s * tl.exp2(-rate * (end - begin)) + tl.sum(tl.exp2(-rate * (end - after))[:, None] * b_added, axis=0)
     if STORE_STATE:
-        tl.store(final + o_ends + o_x, b_s, mask=m_x)
-    else:
-        i_s = 0 if REVERSE else num_segments - 1
-        tl.store(states + ((i_n * num_segments + i_s) * H + i_h).to(tl.int64) * SIZE + o_x, b_s, mask=m_x)
+        tl.store(final + o_ends + o_x, b_s, mask=o_x < SIZE)
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def combine_kernel(
+    states, dstates, initial, final, dfinal, dinitial, slopes, cu_seqlens, N, T, H, num_segments,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    USE_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, USE_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """From what segments add to what they begin with, for both kinds. Grid: kinds * N * H * blocks of SIZE."""
+    pid = tl.program_id(0)
+    num_forward = N * H * ((SIZE + BLOCK - 1) // BLOCK)
+    if FORWARD and (not BACKWARD or pid < num_forward):
+        combine(
+            pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments,
+            SIZE, BLOCK, GROUP, False, USE_INITIAL, STORE_FINAL, IS_PACKED,
+        )  # fmt: skip
+    elif BACKWARD:
+        combine(
+            pid - num_forward if FORWARD else pid, dstates, dfinal, dinitial, slopes, cu_seqlens, T, H, num_segments,
+            SIZE, BLOCK, GROUP, True, USE_DFINAL, STORE_DINITIAL, IS_PACKED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -6,16 +6,22 @@ import torch
 import triton
 from torch import Tensor
 
-from tnl_kernels.attention_kernels import attention_bwd_kernel, attention_fwd_kernel, combine_kernel, order_kernel
-from tnl_kernels.segments import num_segments, slots
-from tnl_kernels.tiles import Tiles, attention_bwd_tiles, attention_tiles, block, properties
+from tnl_kernels.attention_kernels import (
+    attention_bwd_kernel,
+    attention_fwd_kernel,
+    combine_kernel,
+    order_kernel,
+    states_kernel,
+)
+from tnl_kernels.segments import num_segments
+from tnl_kernels.tiles import attention_bwd_tiles, attention_tiles, block, properties, state_tiles
 
 # tf32 has the mantissa of fp16, three tf32 dots that of fp32; bf16 tensors are multiplied as they are.
 PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
 MAX_HEAD_DIM = 256
 # More documents than this are short ones: their order does not matter.
 MAX_ORDERED = 8192
-COMBINE_BLOCK = 1024
+COMBINE_BLOCK, COMBINE_GROUP = 512, 4
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ def zeros(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[-1]).expand(x.shape)
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Distances between batch rows, tokens and heads."""
-    return x.stride(0), x.stride(1), x.stride(2)
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 def check_head_dims(K: int, V: int) -> None:
@@ -71,77 +77,52 @@ def check_head_dims(K: int, V: int) -> None:
             raise ValueError(f"{name}: got head dim {dim}, expected 1 to {MAX_HEAD_DIM}")
 
 
-def walk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor | None,
-    slopes: Tensor,
-    state: Tensor | None,
-    final_state: Tensor | None,
-    what: Sequences,
-    tiles: Tiles,
-    segments: int,
-    *,
-    reverse: bool = False,
-    silu: bool = False,
-    skip_last: bool = False,
-) -> None:
-    """One launch of the forward kernel; without ``o`` it makes states only. ``skip_last``: of the last segment none."""
-    K, V = k.shape[-1], v.shape[-1]
-    walked = segments - 1 if skip_last else segments
-    programs = what.count * walked * what.H * triton.cdiv(V, tiles.columns)
-    if programs == 0:
-        return
-    out = v if o is None else o
-    with torch.cuda.device_of(k):
-        attention_fwd_kernel[(programs,)](
-            q, k, v, out, slopes, state, final_state, what.cu_seqlens, what.order, what.T, what.H, segments,
-            1 if skip_last and reverse else 0, walked, *strides(q), *strides(k), *strides(v), *strides(out),
-            K=K, V=V, BT=tiles.chunk, BK=block(K), BV=tiles.columns, REVERSE=reverse, SILU=silu,
-            STORE_O=o is not None, USE_STATE=state is not None, STORE_STATE=final_state is not None,
-            IS_PACKED=what.cu_seqlens is not None, IS_ORDERED=what.order is not None,
-            PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-        )  # fmt: skip
-
-
 def segment_states(
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    initial: Tensor | None,
-    final: Tensor | None,
     what: Sequences,
     segments: int,
-    *,
-    reverse: bool = False,
-    silu: bool = False,
-) -> Tensor:
-    """The state that each segment begins with (in reversed time: from its end), [N, segments, H, K, V] fp32.
+    slopes: Tensor,
+    silu: bool,
+    of: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+    of_gradients: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The state that each segment begins with, and the gradient of the one that it ends with, [N, segments, H, K, V].
 
-    Each segment adds its own rows up, then one kernel carries the sums from segment to segment; it writes ``final``
-    where it is given.
+    ``of`` is k, v, the initial state and where to write the final one; ``of_gradients`` is q, do, the gradient of the
+    final state and where to write that of the initial one. One kernel adds up each segment's own rows, a second one
+    carries the sums from segment to segment.
     """
-    K, V = k.shape[-1], v.shape[-1]
-    states = k.new_empty(what.count, segments, what.H, K, V, dtype=torch.float32)
-    tiles = state_tiles(k, v, silu)
-    walk(
-        k, k, v, None, slopes, None, states, what, tiles, segments, reverse=reverse, silu=silu, skip_last=final is None
-    )
-    programs = what.count * what.H * triton.cdiv(K * V, COMBINE_BLOCK)
-    if programs:
-        with torch.cuda.device_of(k):
-            combine_kernel[(programs,)](
-                states, initial, final, slopes, what.cu_seqlens, what.T, what.H, segments, SIZE=K * V,
-                BLOCK=COMBINE_BLOCK, REVERSE=reverse, USE_STATE=initial is not None, STORE_STATE=final is not None,
-                IS_PACKED=what.cu_seqlens is not None, num_warps=4,
+    k, v, initial, final = of or (None,) * 4
+    q, do, dfinal, dinitial = of_gradients or (None,) * 4
+    like, other = (k, v) if of else (q, do)
+    K, V = like.shape[-1], other.shape[-1]
+    tiles = state_tiles(K, V, like.dtype, silu, like.device)
+    shape = (what.count, segments, what.H, K, V)
+    states = like.new_empty(shape, dtype=torch.float32) if of else None
+    dstates = like.new_empty(shape, dtype=torch.float32) if of_gradients else None
+    walks = what.count * what.H
+    per_segment = walks * triton.cdiv(V, tiles.columns)
+    num_forward = per_segment * (segments - (final is None)) if of else 0
+    programs = num_forward + (per_segment * (segments - (dinitial is None)) if of_gradients else 0)
+    sides = dict(FORWARD=of is not None, BACKWARD=of_gradients is not None)
+    packed = dict(IS_PACKED=what.cu_seqlens is not None)
+    with torch.cuda.device_of(like):
+        if programs:
+            states_kernel[(programs,)](
+                q, k, v, do, states, dstates, slopes, what.cu_seqlens, what.order, what.T, what.H, segments,
+                num_forward, *strides(q), *strides(k), *strides(v), *strides(do), K=K, V=V, BT=tiles.chunk, BK=block(K),
+                BV=tiles.columns, **sides, SKIP=final is None, SKIP_D=dinitial is None, SILU=silu, **packed,
+                IS_ORDERED=what.order is not None, PRECISION=PRECISION[like.dtype], STAGES=tiles.num_stages,
+                num_warps=tiles.num_warps,
             )  # fmt: skip
-    return states
-
-
-def state_tiles(k: Tensor, v: Tensor, silu: bool) -> Tiles:
-    """Tiles of a walk that makes states only."""
-    return attention_tiles(k.shape[-1], v.shape[-1], k.dtype, silu, k.device)
+        if walks:
+            blocks = walks * triton.cdiv(K * V, COMBINE_BLOCK)
+            combine_kernel[(blocks * sum(sides.values()),)](
+                states, dstates, initial, final, dfinal, dinitial, slopes, what.cu_seqlens, what.count, what.T, what.H,
+                segments, SIZE=K * V, BLOCK=COMBINE_BLOCK, GROUP=COMBINE_GROUP, **sides,
+                USE_INITIAL=initial is not None, STORE_FINAL=final is not None, USE_DFINAL=dfinal is not None,
+                STORE_DINITIAL=dinitial is not None, **packed, num_warps=4,
+            )  # fmt: skip
+    return states, dstates
 
 
 def forward(
@@ -161,16 +142,24 @@ def forward(
     what = sequences(k, cu_seqlens)
     q, k, v = readable(q), readable(k), readable(v)
     tiles = attention_tiles(K, V, k.dtype, silu, k.device)
-    walks = what.count * what.H
-    segments = num_segments(
-        what.rows, walks, triton.cdiv(V, tiles.columns), K, V, walks, slots(tiles, properties(k.device)[2]), 1
-    )
-    initial = None if initial is None else initial.contiguous()
-    if segments == 1:
-        walk(q, k, v, o, slopes, initial, final, what, tiles, 1, silu=silu)
-    else:
-        states = segment_states(k, v, slopes, initial, final, what, segments, silu=silu)
-        walk(q, k, v, o, slopes, states, None, what, tiles, segments, silu=silu)
+    count = triton.cdiv(V, tiles.columns)
+    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 1)
+    state = None if initial is None else initial.contiguous()
+    stored = final
+    if segments > 1:
+        state, _ = segment_states(what, segments, slopes, silu, (k, v, state, final), None)
+        stored = None
+    programs = what.count * segments * what.H * count
+    if programs == 0:
+        return
+    with torch.cuda.device_of(k):
+        attention_fwd_kernel[(programs,)](
+            q, k, v, o, slopes, state, stored, what.cu_seqlens, what.order, what.T, what.H, segments,
+            *strides(q), *strides(k), *strides(v), *strides(o), K=K, V=V, BT=tiles.chunk, BK=block(K),
+            BV=tiles.columns, SILU=silu, USE_STATE=state is not None, STORE_STATE=stored is not None,
+            IS_PACKED=what.cu_seqlens is not None, IS_ORDERED=what.order is not None, PRECISION=PRECISION[k.dtype],
+            STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        )  # fmt: skip
 
 
 def state_forward(
@@ -180,17 +169,11 @@ def state_forward(
     K, V = k.shape[-1], v.shape[-1]
     check_head_dims(K, V)
     what = sequences(k, cu_seqlens)
-    k, v = readable(k), readable(v)
-    tiles = state_tiles(k, v, False)
-    walks = what.count * what.H
-    segments = num_segments(
-        what.rows, walks, triton.cdiv(V, tiles.columns), K, V, walks, slots(tiles, properties(k.device)[2]), 1
-    )
+    tiles = state_tiles(K, V, k.dtype, False, k.device)
+    count = triton.cdiv(V, tiles.columns)
+    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 1)
     initial = None if initial is None else initial.contiguous()
-    if segments == 1:
-        walk(k, k, v, None, slopes, initial, final, what, tiles, 1)
-    else:
-        segment_states(k, v, slopes, initial, final, what, segments)
+    segment_states(what, segments, slopes, False, (readable(k), readable(v), initial, final), None)
 
 
 def backward(
@@ -214,19 +197,15 @@ def backward(
     q, k, v, do = readable(q), readable(k), readable(v), readable(do)
     tiles = attention_bwd_tiles(K, V, k.dtype, silu, k.device)
     count = triton.cdiv(V, tiles.columns_v) + (1 if dq is None else 2) * triton.cdiv(K, tiles.columns_k)
-    walks = what.count * what.H
-    segments = num_segments(
-        what.rows, walks, count, K, V, walks, slots(state_tiles(k, v, silu), properties(k.device)[2]), 2
-    )
+    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 2)
     state = None if initial is None else initial.contiguous()
     dstate = None if dfinal is None else dfinal.contiguous()
     stored = dinitial
     if segments > 1:
-        if dq is not None:
-            state = segment_states(k, v, slopes, state, None, what, segments, silu=silu)
-        dstate = segment_states(q, do, slopes, dstate, dinitial, what, segments, reverse=True, silu=silu)
+        of = None if dq is None else (k, v, state, None)
+        state, dstate = segment_states(what, segments, slopes, silu, of, (q, do, dstate, dinitial))
         stored = None
-    programs = walks * segments * count
+    programs = what.count * what.H * segments * count
     if programs == 0:
         return
     like = dk if dq is None else dq

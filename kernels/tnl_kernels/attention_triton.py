@@ -1,7 +1,7 @@
 """The Triton forms of attention over a sequence: custom ops with their fake and backward forms.
 
-Kept for the backward pass: the inputs as they came (views stay views) and the initial state, nothing else. Opaque to the
-compiler, so that one op can be saved by name in selective activation checkpointing.
+Kept for the backward pass: the inputs as they came (views stay views) and the initial state, nothing else. Opaque to
+the compiler, so that one op can be saved by name in selective activation checkpointing.
 """
 
 import torch

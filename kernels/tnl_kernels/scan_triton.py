@@ -215,7 +215,7 @@ def scan(
             first = tl.minimum(first, num_chunks)
             b_s *= tl.exp2(-rate * (first * BT))
     o_tail = (num_chunks * BT).to(tl.int64)
-    if REVERSE:
+    if REVERSE:  # noqa: SIM102 - one is known to the compiler, the other not
         if tail > 0:
             b_s = chunk(
                 b_s, p_q + o_tail * stride_q, p_k + o_tail * stride_k, p_v + o_tail * stride_v,
@@ -230,7 +230,7 @@ def scan(
             p_x + o_c * stride_x, p_o + o_c * stride_o, stride_q, stride_k, stride_v, stride_x, stride_o,
             BT, rate, i_v, K, V, BT, BK, BV, REVERSE, False, SILU_Q, SILU_K, SILU_V, SILU_O, STORE_O, PRECISION,
         )  # fmt: skip
-    if not REVERSE:
+    if not REVERSE:  # noqa: SIM102 - one is known to the compiler, the other not
         if tail > 0:
             b_s = chunk(
                 b_s, p_q + o_tail * stride_q, p_k + o_tail * stride_k, p_v + o_tail * stride_v,

@@ -36,6 +36,8 @@ class BackwardTiles(NamedTuple):
 
 # (architecture, widest head dim) -> chunk, columns, num_warps, num_stages for bf16; measured on one H100 80GB.
 HOPPER = {64: Tiles(32, 64, 4, 5), 128: Tiles(32, 128, 8, 4), 256: Tiles(16, 128, 8, 4)}
+# The same for walks that make states only.
+HOPPER_STATES = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(32, 64, 4, 3)}
 # Not measured: fewer stages and columns fit the shared memory and registers of every card from Ampere on.
 OTHER = {64: Tiles(32, 64, 4, 3), 128: Tiles(32, 64, 4, 3), 256: Tiles(16, 64, 4, 2)}
 # fp32 dots (of fp16 and fp32 tensors) need twice the room.
@@ -65,24 +67,17 @@ def shared_memory(tiles: Tiles, inner: int, dtype: torch.dtype, silu: bool) -> i
     return tiles.chunk * size * rows
 
 
-@functools.cache
-def attention_tiles(inner: int, outer: int, dtype: torch.dtype, silu: bool, device: torch.device) -> Tiles:
-    """Tiles of a walk whose queries and keys have ``inner`` columns and whose outputs have ``outer``.
-
-    Raises:
-        ValueError: the card's shared memory holds not even the smallest tiles.
-    """
-    major, available, _ = properties(device)
+def fitting(
+    table: dict[int, Tiles], inner: int, outer: int, dtype: torch.dtype, silu: bool, device: torch.device
+) -> Tiles:
+    """The tiles of ``table`` for head dims ``inner`` and ``outer``, or smaller ones that the card can hold."""
+    available = properties(device)[1]
     inner = block(inner)
-    table = WIDE if dtype != torch.bfloat16 else HOPPER if major == 9 else OTHER
     chosen = table[max(64, inner)]
-    columns = min(chosen.columns, block(outer))
-    if columns < chosen.columns:
-        chosen = chosen._replace(columns=columns, num_warps=min(4, chosen.num_warps))
-    if inner > 64 and columns * inner <= 64 * 64:
-        chosen = chosen._replace(num_warps=4)
+    if block(outer) < chosen.columns:
+        chosen = chosen._replace(columns=block(outer), num_warps=4)
     smaller = [chosen._replace(num_stages=stages) for stages in range(chosen.num_stages, 1, -1)]
-    smaller += [Tiles(16, min(columns, 64), 4, 2), Tiles(16, min(columns, 32), 4, 2)]
+    smaller += [Tiles(16, min(chosen.columns, columns), 4, 2) for columns in (64, 32)]
     for tiles in smaller:
         if shared_memory(tiles, inner, dtype, silu) <= available:
             return tiles
@@ -90,6 +85,28 @@ def attention_tiles(inner: int, outer: int, dtype: torch.dtype, silu: bool, devi
         f"a head dim of {inner} needs {shared_memory(smaller[-1], inner, dtype, silu)} bytes of shared memory for each "
         f"program, {device} has {available}: use a smaller head dim or another GPU"
     )
+
+
+@functools.cache
+def attention_tiles(inner: int, outer: int, dtype: torch.dtype, silu: bool, device: torch.device) -> Tiles:
+    """Tiles of a walk whose queries and keys have ``inner`` columns and whose outputs have ``outer``.
+
+    Raises:
+        ValueError: the card's shared memory holds not even the smallest tiles.
+    """
+    hopper = HOPPER if properties(device)[0] == 9 else OTHER
+    return fitting(hopper if dtype == torch.bfloat16 else WIDE, inner, outer, dtype, silu, device)
+
+
+@functools.cache
+def state_tiles(K: int, V: int, dtype: torch.dtype, silu: bool, device: torch.device) -> Tiles:
+    """Tiles of a walk that makes states [K, V] only.
+
+    Raises:
+        ValueError: as `attention_tiles`.
+    """
+    hopper = HOPPER_STATES if properties(device)[0] == 9 else OTHER
+    return fitting(hopper if dtype == torch.bfloat16 else WIDE, K, V, dtype, silu, device)
 
 
 @functools.cache
