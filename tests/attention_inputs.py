@@ -39,11 +39,17 @@ def random_packed(T, K, *, B=1, H=2, dtype=torch.float32, seed=1, device="cpu"):
 def with_gradients(op, inputs, doutputs):
     """Outputs of ``op(*inputs)``, and the gradients of the inputs for the given gradients of the outputs.
 
-    The inputs go in as they lie in memory.
+    The inputs go in as they lie in memory. What does not depend on an input gives it a gradient of zero.
     """
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = op(*leaves)
-    return outputs, torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True)
+    pairs = zip(outputs, doutputs, strict=True) if isinstance(outputs, tuple) else [(outputs, doutputs)]
+    used = [(x, dx) for x, dx in pairs if x.requires_grad]
+    if not used:
+        return outputs, tuple(torch.zeros_like(x) for x in leaves)
+    return outputs, torch.autograd.grad(
+        [x for x, _ in used], leaves, [dx for _, dx in used], allow_unused=True, materialize_grads=True
+    )
 
 
 def check_attention(op, q, k, v, state, do, dfinal, slopes, cu_seqlens=None, *, use_state=True):

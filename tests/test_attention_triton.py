@@ -34,7 +34,6 @@ SLOPES = (0.0, 1e-4, ALIBI[0], 50.0)
 DOCUMENTS = (0, 0, 1, 2, 34, 34, 70)
 # Segments begin at multiples of this. A compiled kernel has the number built in; the interpreter can take fewer rows.
 ROWS = 128 if DEVICE == "cuda" else 16
-states = pytest.mark.parametrize("use_state", [False, True], ids=["", "initial_state"])
 packings = pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["", "documents"])
 
 
@@ -100,10 +99,10 @@ def embedded(x):
 # Against the definition
 
 
-@states
 @pytest.mark.parametrize("T", [0, 1, 31, 32, 33, 65])
-def test_equals_the_definition_at_every_length(T, use_state):
-    check_attention(triton_lightning_attention, *problem(T, 16, 16), use_state=use_state)
+def test_equals_the_definition_at_every_length(T):
+    check_attention(triton_lightning_attention, *problem(T, 16, 16))
+    check_attention(triton_lightning_attention, *problem(T, 16, 16, slopes=ALIBI[:1]), use_state=False)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +112,7 @@ def test_equals_the_definition_at_every_head_dim(K, V):
     check_attention(triton_lightning_attention, *problem(33, K, V, slopes=ALIBI[:1]))
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64])
-@pytest.mark.parametrize("columns", [16, 32, 64])
+@pytest.mark.parametrize(("chunk", "columns"), [(16, 16), (32, 64), (32, 16), (64, 32)])
 def test_equals_the_definition_with_every_tile(chunk, columns, monkeypatch):
     forward = Tiles(chunk, columns, 4, 2)
     other = 48 - chunk if chunk < 64 else 16
@@ -122,7 +120,7 @@ def test_equals_the_definition_with_every_tile(chunk, columns, monkeypatch):
     monkeypatch.setattr(
         attention_launch, "attention_bwd_tiles", lambda *args: BackwardTiles(chunk, columns, other, 32, 4, 2)
     )
-    check_attention(triton_lightning_attention, *problem(97, 40, 56, slopes=ALIBI[:1]))
+    check_attention(triton_lightning_attention, *problem(97, 40, 24, slopes=ALIBI[:1]))
 
 
 @pytest.mark.parametrize("num_heads", [8, 20, 32])
@@ -133,10 +131,12 @@ def test_equals_the_definition_with_the_decays_of_a_model(num_heads):
     check_attention(triton_lightning_attention, *problem(65, slopes=slopes))
 
 
-@states
-@pytest.mark.parametrize("documents", [DOCUMENTS, (0, 70), (0, 0, 0, 70, 70), (0, 16, 32, 64, 70)])
+@pytest.mark.parametrize(
+    ("documents", "use_state"),
+    [(DOCUMENTS, True), (DOCUMENTS, False), ((0, 70), True), ((0, 0, 70, 70), False), ((0, 16, 64, 70), True)],
+)
 def test_documents_equal_the_definition(documents, use_state):
-    check_attention(triton_lightning_attention, *problem(documents=documents, slopes=SLOPES[1:]), use_state=use_state)
+    check_attention(triton_lightning_attention, *problem(documents=documents, slopes=SLOPES[2:]), use_state=use_state)
 
 
 def test_documents_without_a_token():
@@ -159,21 +159,21 @@ def test_takes_no_rows_and_no_heads(shape):
         check_attention_packed(triton_lightning_attention_packed, *packed, *square, slopes)
 
 
-@packings
-@states
+@pytest.mark.parametrize(("documents", "use_state"), [(None, True), (None, False), (DOCUMENTS, True)])
 def test_state_equals_the_definition(documents, use_state):
-    _, k, v, state, _, dfinal, slopes, cu_seqlens = problem(documents=documents)
+    _, k, v, state, _, dfinal, slopes, cu_seqlens = problem(slopes=SLOPES[2:], documents=documents)
     check_attention_state(
         triton_lightning_attention_state, k, v, state, dfinal, slopes, cu_seqlens, use_state=use_state
     )
 
 
-@pytest.mark.parametrize("activation", ["silu", None])
-@packings
-@states
+@pytest.mark.parametrize(
+    ("activation", "documents", "use_state"),
+    [("silu", None, True), ("silu", DOCUMENTS, True), ("silu", None, False), (None, None, True)],
+)
 def test_packed_equals_the_definition(documents, use_state, activation):
-    _, _, _, state, do, dfinal, slopes, cu_seqlens = problem(K=24, documents=documents)
-    packed = random_packed(70, 24, H=len(SLOPES), device=DEVICE)
+    _, _, _, state, do, dfinal, slopes, cu_seqlens = problem(K=24, slopes=SLOPES[2:], documents=documents)
+    packed = random_packed(70, 24, device=DEVICE)
     check_attention_packed(
         triton_lightning_attention_packed, *packed, state, do, dfinal, slopes, cu_seqlens,
         activation=activation, use_state=use_state,
@@ -194,26 +194,34 @@ def test_large_fp16_values_do_not_overflow_on_the_way():
 # Segments
 
 
-@packings
-@pytest.mark.parametrize("count", [2, 3, 9])
+@pytest.mark.parametrize(("documents", "count"), [(None, 2), (None, 3), (None, 9), (DOCUMENTS, 2), (DOCUMENTS, 9)])
 def test_segments_equal_the_definition(count, documents, segmented):
     segmented(count)
     T = 8 * ROWS + 5
-    documents = documents and (0, 0, 1, ROWS + 3, 4 * ROWS + 3, T, T)
-    check_every_op(*problem(T, 16, 16, slopes=(0.0, ALIBI[0]), documents=documents))
+    documents = documents and (0, 1, T)
+    check_attention(triton_lightning_attention, *problem(T, slopes=ALIBI[:1], documents=documents))
 
 
-@packings
-@pytest.mark.parametrize("T", [1, ROWS, 2 * ROWS + 1])
+@pytest.mark.parametrize(("documents", "use_state"), [(None, False), (DOCUMENTS, True)], ids=["", "documents"])
+def test_segments_of_every_op_equal_the_definition(documents, use_state, segmented):
+    segmented(3)
+    T = 2 * ROWS + 5
+    documents = documents and (0, 2, T)
+    check_every_op(*problem(T, 16, 16, slopes=ALIBI[:1], documents=documents), use_state=use_state)
+
+
+@pytest.mark.parametrize(
+    ("documents", "T"), [(None, 1), (None, ROWS + 1), (DOCUMENTS, 0), (DOCUMENTS, 1), (DOCUMENTS, ROWS + 1)]
+)
 def test_more_segments_than_rows(T, documents, segmented):
     segmented(9)
-    check_every_op(*problem(T, 16, 16, slopes=(1e-4, 50.0), documents=documents and (0, T, T)), use_state=bool(T % 2))
+    check_attention(triton_lightning_attention, *problem(T, slopes=ALIBI[:1], documents=documents and (0, T)))
 
 
 @packings
 def test_segments_equal_one_pass(documents, segmented):
-    T = 6 * ROWS + 7
-    inputs = problem(T, 16, 24, slopes=(0.0, ALIBI[0], 50.0), documents=documents and (0, 2, 3 * ROWS, T))
+    T = 4 * ROWS + 7
+    inputs = problem(T, slopes=(0.0,), documents=documents and (0, 2 * ROWS, T))
     results = []
     for count in (1, 4):
         segmented(count)
@@ -225,14 +233,14 @@ def test_segments_equal_one_pass(documents, segmented):
 def test_segments_leave_out_what_has_decayed(segmented):
     # The walks that make only states skip rows whose share of the state is below 2^-150: at these slopes all but 5.
     segmented(3)
-    check_every_op(*problem(6 * ROWS + 3, 16, 16, slopes=(20.0, 25.0), B=2))
+    check_every_op(*problem(4 * ROWS + 3, 16, 16, slopes=(20.0,)))
 
 
 # What callers rely on
 
 
 def test_whole_equals_pieces_forward_and_backward():
-    q, k, v, state, do, dfinal, slopes, _ = problem(100, 16, 16, slopes=ALIBI, B=2)
+    q, k, v, state, do, dfinal, slopes, _ = problem(100, 16, 16, slopes=ALIBI[:1])
 
     def whole(q, k, v, state):
         return triton_lightning_attention(q, k, v, slopes, initial_state=state, output_final_state=True)
@@ -250,18 +258,17 @@ def test_whole_equals_pieces_forward_and_backward():
         assert_close(name, a, e)
 
 
-@packings
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("documents", "count"), [(None, 1), (None, 3), (DOCUMENTS, 3)])
 def test_nan_around_the_inputs_is_not_read(documents, count, segmented):
     segmented(count)
     T = 2 * ROWS + 9
-    inputs = problem(T, 20, 24, slopes=ALIBI, B=1 if documents else 2, documents=documents and (0, 5, T))
+    inputs = problem(T, 20, 24, slopes=ALIBI[:1], B=1 if documents else 2, documents=documents and (0, 5, T))
     *tensors, slopes, cu_seqlens = inputs
     tensors = [embedded(x) for x in tensors]
     check_attention(triton_lightning_attention, *tensors, embedded(slopes), cu_seqlens)
     _, k, v, state, do, dfinal = tensors
     check_attention_state(triton_lightning_attention_state, k, v, state, dfinal, embedded(slopes), cu_seqlens)
-    qkvu, du = random_packed(T, 20, B=len(k), device=DEVICE)
+    qkvu, du = random_packed(T, 20, B=len(k), H=1, device=DEVICE)
     square = (state[..., :20], do[..., :20], dfinal[..., :20])
     check_attention_packed(
         triton_lightning_attention_packed, embedded(qkvu), embedded(du), *square, embedded(slopes), cu_seqlens
@@ -288,17 +295,19 @@ def test_nan_in_a_document_stays_there():
 def test_runs_are_bitwise_equal(count, segmented):
     segmented(count)
     T = 3 * ROWS + 1
-    first, second = (check_every_op(*problem(T, slopes=ALIBI, documents=(0, 40, T))) for _ in range(2))
+    first, second = (
+        check_attention(triton_lightning_attention, *problem(T, slopes=ALIBI[:1], documents=(0, 40, T)))
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_takes_views_of_any_strides():
-    q, k, v, state, do, dfinal, _, _ = problem(40, 16, 16, slopes=ALIBI, B=2)
-    packed = random_packed(40, 16, B=2, device=DEVICE)[0].unflatten(-1, (4, 2, 16)).unbind(2)
+    q, k, v, state, do, dfinal, _, _ = problem(17, 16, 16, slopes=ALIBI, B=2)
+    packed = random_packed(17, 16, B=2, device=DEVICE)[0].unflatten(-1, (4, 2, 16)).unbind(2)
     views = {
         "packed": packed[:3],
         "heads first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
-        "time first": [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)],
         "dims first": [x.mT.contiguous().mT for x in (q, k, v)],
         "flipped and expanded": [q.flip(-1), k, v[:, :, :1].expand(-1, -1, 2, -1)],
         "every second": [x.repeat_interleave(2, 1).repeat_interleave(2, 3)[:, ::2, :, ::2] for x in (q, k, v)],
@@ -310,39 +319,41 @@ def test_takes_views_of_any_strides():
 
 
 def test_takes_slopes_and_cu_seqlens_of_any_strides():
-    *inputs, _, _ = problem(slopes=ALIBI, documents=DOCUMENTS)
+    *inputs, _, cu_seqlens = problem(20, slopes=ALIBI, documents=(0, 5, 5, 20))
     slopes = decays(*ALIBI).repeat_interleave(2)[::2]
-    cu_seqlens = int32(*DOCUMENTS).repeat_interleave(2)[::2]
+    cu_seqlens = cu_seqlens.repeat_interleave(2)[::2]
     assert not slopes.is_contiguous()
     check_every_op(*inputs, slopes, cu_seqlens)
-    check_every_op(*inputs, decays(ALIBI[0]).expand(2), cu_seqlens)
+    check_attention(triton_lightning_attention, *inputs, decays(ALIBI[0]).expand(2), cu_seqlens)
 
 
 def test_takes_slopes_in_fp64():
-    inputs = problem(slopes=ALIBI)
+    inputs = problem(20, slopes=ALIBI)
     check_every_op(*inputs[:6], inputs[6].double(), None)
 
 
 def test_takes_a_packed_projection_of_any_strides():
-    _, _, _, state, do, dfinal, slopes, _ = problem(V=16, slopes=ALIBI, B=2)
-    qkvu, du = random_packed(70, 16, B=2, device=DEVICE)
-    for view in (qkvu.transpose(0, 1).contiguous().transpose(0, 1), qkvu.flip(-1), qkvu.mT.contiguous().mT):
-        for gradient in (du, du[:, :1].expand(-1, 70, -1), du.mT.contiguous().mT):
-            check_attention_packed(
-                triton_lightning_attention_packed, view, gradient, state, do, dfinal, slopes
-            )  # fmt: skip
+    _, _, _, state, do, dfinal, slopes, _ = problem(20, V=16, slopes=ALIBI, B=2)
+    qkvu, du = random_packed(20, 16, B=2, device=DEVICE)
+    cases = [
+        (qkvu.transpose(0, 1).contiguous().transpose(0, 1), du),
+        (qkvu[:1].expand(2, -1, -1), du[:, :1].expand(-1, 20, -1)),
+        (qkvu.mT.contiguous().mT, du.mT.contiguous().mT),
+    ]
+    for view, gradient in cases:
+        check_attention_packed(triton_lightning_attention_packed, view, gradient, state, do, dfinal, slopes)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 70, 1, 24), (1, 1, 4, 24), (1, 70, 4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 20, 1, 24), (1, 1, 2, 24), (1, 20, 2, 1)])
 def test_takes_expanded_gradients(sizes):
-    q, k, v, state, do, dfinal, slopes, _ = problem()
-    do = do[tuple(slice(0, size) for size in sizes)].expand(do.shape)
+    q, k, v, state, do, dfinal, slopes, _ = problem(20, slopes=ALIBI)
+    do = do[tuple(slice(size) for size in sizes)].expand(do.shape)
     check_attention(triton_lightning_attention, q, k, v, state, do, dfinal[..., :1].expand(dfinal.shape), slopes)
 
 
 def test_inputs_are_left_as_they_were(segmented):
     segmented(2)
-    inputs = problem(2 * ROWS, slopes=ALIBI)[:7]
+    inputs = problem(2 * ROWS, slopes=ALIBI[:1])[:7]
     before = [x.clone() for x in inputs]
     check_every_op(*inputs, None)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
@@ -360,12 +371,12 @@ def test_gradients_of_one_output_alone(i_output):
     wide = [x.double() for x in (q, k, v, state)]
     _, expected = with_gradients(of(naive_lightning_attention, slopes.double()), wide, doutput.double())
     for name, a, e in zip(("dq", "dk", "dv", "dinitial"), actual, expected, strict=True):
-        assert_close(name, a, torch.zeros_like(a) if e is None else e)
+        assert_close(name, a, e)
 
 
 def test_packed_gradients_of_one_output_alone():
-    qkvu, du = random_packed(70, 16, device=DEVICE)
-    _, _, _, state, do, dfinal, slopes, _ = problem(V=16, slopes=ALIBI)
+    qkvu, du = random_packed(20, 16, device=DEVICE)
+    _, _, _, state, do, dfinal, slopes, _ = problem(20, V=16, slopes=ALIBI)
     doutputs = (do, du, dfinal)
 
     def run(qkvu, state):
@@ -390,7 +401,7 @@ def test_packed_op_keeps_u_as_a_view():
 
 
 def test_only_some_inputs_need_gradients():
-    q, k, v, state, do, _, slopes, _ = problem(slopes=ALIBI)
+    q, k, v, state, do, _, slopes, _ = problem(20, slopes=ALIBI)
     names = ("q", "k", "v", "initial_state")
     tensors = dict(zip(names, (q, k, v, state), strict=True))
     every = [x.clone().requires_grad_() for x in tensors.values()]
@@ -403,7 +414,7 @@ def test_only_some_inputs_need_gradients():
         assert torch.equal(torch.autograd.grad(o, leaf, do)[0], expected[name])
 
 
-@pytest.mark.parametrize("num_documents", [2, 63, 64, 65, 200])
+@pytest.mark.parametrize("num_documents", [1, 2, 64, 65, 130])
 def test_the_longest_documents_come_first(num_documents):
     lengths = torch.randint(0, 9, (num_documents,), generator=torch.Generator().manual_seed(0))
     cu_seqlens = int32(0, *lengths.cumsum(0).tolist())
@@ -413,17 +424,13 @@ def test_the_longest_documents_come_first(num_documents):
         assert torch.equal(attention_launch.sequences(x, offsets).order, expected)
 
 
-def test_a_single_document_has_no_order():
-    assert attention_launch.sequences(torch.empty(1, 5, 1, 1), cpu_int32(0, 5)).order is None
-
-
 # The public ops
 
 
 def test_public_ops_take_these_forms_for_fp32_and_the_torch_forms_for_fp64(monkeypatch):
     monkeypatch.setitem(FORM_OF_DEVICE, DEVICE, "triton")
-    q, k, v, state, do, dfinal, slopes, _ = problem(V=16, slopes=ALIBI)
-    qkvu, du = random_packed(70, 16, device=DEVICE)
+    q, k, v, state, do, dfinal, slopes, _ = problem(20, V=16, slopes=ALIBI)
+    qkvu, du = random_packed(20, 16, device=DEVICE)
     calls = []
 
     def record(kind):

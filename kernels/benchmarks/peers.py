@@ -77,6 +77,12 @@ def make_sdpa(backend: SDPBackend) -> Callable:
     return make
 
 
+def silu_outside(qkvu: Tensor, slopes: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """What the packed op does inside of its kernels, by torch's SiLU before ours: the comparison that decides."""
+    q, k, v, u = qkvu.unflatten(-1, (4, num_heads, -1)).unbind(2)
+    return lightning_attention(F.silu(q), F.silu(k), v, slopes)[0], u.flatten(2)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """``make(slopes, cu_seqlens)`` returns (q, k, v) -> o; heads stand before tokens when ``head_first``."""
@@ -94,6 +100,7 @@ IMPLEMENTATIONS = {
     "lightning_attn2": Implementation(make_lightning_attn2, "lightning-attn", head_first=True),
     "sdpa_flash": Implementation(make_sdpa(SDPBackend.FLASH_ATTENTION), "torch", head_first=True, linear=False),
     "sdpa_cudnn": Implementation(make_sdpa(SDPBackend.CUDNN_ATTENTION), "torch", head_first=True, linear=False),
+    "silu_outside": Implementation(make_tnl, "torch"),
 }
 
 
@@ -116,7 +123,8 @@ def problem(name: str, shape: Shape, device: str = "cuda") -> Problem:
         leaf = normal(shape.B, shape.T, 4 * shape.H * shape.K, device=device).requires_grad_()
         do = normal(shape.B, shape.T, shape.H, shape.K, device=device)
         du = normal(shape.B, shape.T, shape.H * shape.K, device=device)
-        return Problem(lambda x: lightning_attention_packed(x, slopes, num_heads=shape.H)[:2], [leaf], [do, du])
+        op = silu_outside if name == "silu_outside" else lightning_attention_packed
+        return Problem(lambda x: op(x, slopes, num_heads=shape.H)[:2], [leaf], [do, du])
     tokens = (shape.H, shape.T) if implementation.head_first else (shape.T, shape.H)
     q, k, v, do = (normal(shape.B, *tokens, dim, device=device) for dim in (shape.K, shape.K, shape.V, shape.V))
     attend = implementation.make(slopes, document_offsets(shape.documents, shape.T, device))

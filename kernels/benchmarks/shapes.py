@@ -64,8 +64,8 @@ TIMED = [
     Shape(4, 16384, 32, 64, 64, targets=(1.3, 1.8), peers=("lightning_attn2", "sdpa_flash", "sdpa_cudnn")),
     Shape(2, 16384, 16, 256, 128, targets=(1.6, 2.2)),
     Shape(1, 131072, 16, 128, 128, documents=64, targets=(1.3, 1.9), peers=("fla_chunk",)),
-    Shape(4, 4096, 16, 128, 128, packed=True),
-    Shape(4, 16384, 16, 128, 128, packed=True),
+    Shape(8, 2048, 16, 128, 128, packed=True, peers=("silu_outside",)),
+    Shape(8, 8192, 16, 128, 128, packed=True, peers=("silu_outside",)),
 ]
 QUICK = [shape for shape in TIMED if shape.T in (1024, 4096, 131072) or shape.K == 256]
 SCALING = [Shape(1, 2**n, 16, 128, 128, peers=("lightning_attn2", "sdpa_flash")) for n in range(10, 18)]

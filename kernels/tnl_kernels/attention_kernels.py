@@ -17,8 +17,12 @@ from tnl_kernels.scan_triton import LOG2_E, scan
 
 # Segments begin at multiples of this, whatever the chunk of the kernel that walks them.
 SEGMENT_ROWS = tl.constexpr(128)
-# Changes from call to call must not compile anew.
-VARIABLE = ["T", "H", "N", "num_segments", "num_forward"]
+# Changes from call to call must not compile anew, nor must a state that is there or not: its pointer is then any, and
+# its flag (int, 0 or 1) masks it.
+VARIABLE = [
+    "T", "H", "N", "num_segments", "num_walked", "num_walked_d", "use_state", "use_dstate",
+    "store_state", "store_dstate",
+]  # fmt: skip
 
 
 @triton.jit
@@ -46,36 +50,32 @@ def segment(i_s, length, num_segments):
 
 @triton.jit
 def load_state(
-    state, i_state, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, PRESENT: tl.constexpr
+    state, i_state, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, is_present
 ):
-    """[rows, cols] of state number ``i_state``, zero where there is none."""
-    if PRESENT:
-        p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
-        return tl.load(p_s, mask=(o_row < ROWS)[:, None] & (o_col < COLS)[None, :], other=0.0)
-    return tl.zeros([o_row.shape[0], o_col.shape[0]], dtype=tl.float32)
+    """[rows, cols] of state number ``i_state``; zero where there is none, ``state`` is then not read."""
+    p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+    mask = (o_row < ROWS)[:, None] & (o_col < COLS)[None, :] & (is_present != 0)
+    return tl.load(p_s, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_state(
-    state, i_state, b_s, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRESENT: tl.constexpr,
-):  # fmt: skip
+def write_state(
+    state, i_state, b_s, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, is_wanted
+):
     """Write [rows, cols] of state number ``i_state``, if it is wanted."""
-    if PRESENT:
-        p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
-        tl.store(p_s, b_s, mask=(o_row < ROWS)[:, None] & (o_col < COLS)[None, :])
+    p_s = state + i_state.to(tl.int64) * (ROWS * COLS) + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+    tl.store(p_s, b_s, mask=(o_row < ROWS)[:, None] & (o_col < COLS)[None, :] & (is_wanted != 0))
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def attention_fwd_kernel(
-    q, k, v, o, slopes, state, final_state, cu_seqlens, order, T, H, num_segments,
+    q, k, v, o, slopes, state, final_state, cu_seqlens, order, T, H, num_segments, use_state, store_state,
     stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
     stride_ob: tl.int64, stride_ot, stride_oh: tl.int64,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SILU: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr, IS_PACKED: tl.constexpr,
-    IS_ORDERED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, IS_PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """o and the state after each segment.
 
@@ -87,7 +87,7 @@ def attention_fwd_kernel(
     i_h = (pid // tiles) % H
     i_s = (pid // tiles // H) % num_segments
     i_n = pid // tiles // H // num_segments
-    if IS_ORDERED:
+    if IS_PACKED:
         i_n = tl.load(order + i_n)
     i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
     o_segment, length = segment(i_s, length, num_segments)
@@ -95,7 +95,7 @@ def attention_fwd_kernel(
     i_state = (i_n * num_segments + i_s) * H + i_h
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
-    b_s = load_state(state, i_state, o_v, o_k, 1, V, V, K, USE_STATE)
+    b_s = load_state(state, i_state, o_v, o_k, 1, V, V, K, use_state)
     p_q = q + i_b * stride_qb + i_t * stride_qt + i_h * stride_qh
     b_s = scan(
         b_s,
@@ -107,12 +107,13 @@ def attention_fwd_kernel(
         stride_qt, stride_kt, stride_vt, stride_qt, stride_ot, length, tl.load(slopes + i_h), i_v,
         K, V, BT, BK, BV, False, SILU, SILU, False, False, True, PRECISION, STAGES,
     )  # fmt: skip
-    store_state(final_state, i_state, b_s, o_v, o_k, 1, V, V, K, STORE_STATE)
+    write_state(final_state, i_state, b_s, o_v, o_k, 1, V, V, K, store_state)
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def attention_bwd_kernel(
     q, k, v, do, dq, dk, dv, slopes, state, dstate, dinitial, cu_seqlens, order, T, H, num_segments,
+    use_state, use_dstate, store_state,
     stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
@@ -122,9 +123,7 @@ def attention_bwd_kernel(
     stride_dvb: tl.int64, stride_dvt, stride_dvh: tl.int64,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BT_K: tl.constexpr, BT_V: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
-    SILU: tl.constexpr, STORE_DQ: tl.constexpr, USE_STATE: tl.constexpr, USE_DSTATE: tl.constexpr,
-    STORE_DINITIAL: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, STORE_DQ: tl.constexpr, IS_PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv as three roles of one scan; the program's number selects the role and its tile of columns.
 
@@ -140,7 +139,7 @@ def attention_bwd_kernel(
     i_h = (pid // tiles) % H
     i_s = (pid // tiles // H) % num_segments
     i_n = pid // tiles // H // num_segments
-    if IS_ORDERED:
+    if IS_PACKED:
         i_n = tl.load(order + i_n)
     i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
     o_segment, length = segment(i_s, length, num_segments)
@@ -155,17 +154,17 @@ def attention_bwd_kernel(
     o_v = tl.arange(0, BV)
     if i_tile < tiles_v:
         o_dv = i_tile * TILE_V + tl.arange(0, TILE_V)
-        b_ds = load_state(dstate, i_state, o_dv, o_k, 1, V, V, K, USE_DSTATE)
+        b_ds = load_state(dstate, i_state, o_dv, o_k, 1, V, V, K, use_dstate)
         b_ds = scan(
             b_ds, p_k, p_q, p_do, p_k, dv + i_b * stride_dvb + i_t * stride_dvt + i_h * stride_dvh,
             stride_kt, stride_qt, stride_dot, stride_kt, stride_dvt, length, slope, i_tile,
             K, V, BT_V, BK, TILE_V, True, SILU, SILU, False, False, True, PRECISION, STAGES,
         )  # fmt: skip
-        store_state(dinitial, i_state, b_ds, o_dv, o_k, 1, V, V, K, STORE_DINITIAL)
+        write_state(dinitial, i_state, b_ds, o_dv, o_k, 1, V, V, K, store_state)
     elif i_tile < tiles_v + tiles_k:
         i_dk = i_tile - tiles_v
         o_dk = i_dk * TILE_K + tl.arange(0, TILE_K)
-        b_dst = load_state(dstate, i_state, o_dk, o_v, V, 1, K, V, USE_DSTATE)
+        b_dst = load_state(dstate, i_state, o_dk, o_v, V, 1, K, V, use_dstate)
         scan(
             b_dst, p_v, p_do, p_q, p_k, dk + i_b * stride_dkb + i_t * stride_dkt + i_h * stride_dkh,
             stride_vt, stride_dot, stride_qt, stride_kt, stride_dkt, length, slope, i_dk,
@@ -174,7 +173,7 @@ def attention_bwd_kernel(
     elif STORE_DQ:
         i_dq = i_tile - tiles_v - tiles_k
         o_dq = i_dq * TILE_K + tl.arange(0, TILE_K)
-        b_st = load_state(state, i_state, o_dq, o_v, V, 1, K, V, USE_STATE)
+        b_st = load_state(state, i_state, o_dq, o_v, V, 1, K, V, use_state)
         scan(
             b_st, p_do, p_v, p_k, p_q, dq + i_b * stride_dqb + i_t * stride_dqt + i_h * stride_dqh,
             stride_dot, stride_vt, stride_kt, stride_qt, stride_dqt, length, slope, i_dq,
@@ -184,22 +183,21 @@ def attention_bwd_kernel(
 
 @triton.jit
 def added_state(
-    pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments,
+    pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments, num_walked,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, SKIP: tl.constexpr, SILU: tl.constexpr, IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr,
+    REVERSE: tl.constexpr, SILU: tl.constexpr, IS_PACKED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What one segment alone adds to the state at its end (in reversed time: at its beginning)."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    num_walked = num_segments - 1 if SKIP else num_segments
     i_v = pid % tiles
     i_h = (pid // tiles) % H
     i_s = (pid // tiles // H) % num_walked
     i_n = pid // tiles // H // num_walked
-    if SKIP and REVERSE:
-        i_s += 1
-    if IS_ORDERED:
+    if REVERSE:
+        i_s += num_segments - num_walked
+    if IS_PACKED:
         i_n = tl.load(order + i_n)
     i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
     o_segment, length = segment(i_s, length, num_segments)
@@ -212,45 +210,45 @@ def added_state(
         p_k, stride_kt, stride_kt, stride_vt, stride_kt, stride_kt, length, tl.load(slopes + i_h), i_v,
         K, V, BT, BK, BV, REVERSE, SILU, SILU, False, False, False, PRECISION, STAGES,
     )  # fmt: skip
-    store_state(states, (i_n * num_segments + i_s) * H + i_h, b_s, o_v, o_k, 1, V, V, K, True)
+    write_state(states, (i_n * num_segments + i_s) * H + i_h, b_s, o_v, o_k, 1, V, V, K, 1)
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def states_kernel(
-    q, k, v, do, states, dstates, slopes, cu_seqlens, order, T, H, num_segments, num_forward,
+    q, k, v, do, states, dstates, slopes, cu_seqlens, order, N, T, H, num_segments, num_walked, num_walked_d,
     stride_qb: tl.int64, stride_qt, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kt, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vt, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dot, stride_doh: tl.int64,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr, SKIP_D: tl.constexpr, SILU: tl.constexpr,
-    IS_PACKED: tl.constexpr, IS_ORDERED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, SILU: tl.constexpr, IS_PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """States [N, segments, H, K, V] that segments add: of (k, v), and in reversed time of (q, do).
 
-    SKIP leaves out the segment at the end of the walk, which adds to no other. Grid: num_forward programs of the first
-    kind, then those of the second.
+    Of each kind the first ``num_walked`` segments in the order of the walk: the last one adds to no other. Grid:
+    kinds * sequences * num_walked segments * H * tiles of V.
     """
     pid = tl.program_id(0)
+    num_forward = N * num_walked * H * ((V + BV - 1) // BV) if FORWARD else 0
     if FORWARD and (not BACKWARD or pid < num_forward):
         added_state(
-            pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments,
+            pid, k, v, states, slopes, cu_seqlens, order, T, H, num_segments, num_walked,
             stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-            K, V, BT, BK, BV, False, SKIP, SILU, IS_PACKED, IS_ORDERED, PRECISION, STAGES,
+            K, V, BT, BK, BV, False, SILU, IS_PACKED, PRECISION, STAGES,
         )  # fmt: skip
     elif BACKWARD:
         added_state(
-            pid - num_forward, q, do, dstates, slopes, cu_seqlens, order, T, H, num_segments,
+            pid - num_forward, q, do, dstates, slopes, cu_seqlens, order, T, H, num_segments, num_walked_d,
             stride_qb, stride_qt, stride_qh, stride_dob, stride_dot, stride_doh,
-            K, V, BT, BK, BV, True, SKIP_D, SILU, IS_PACKED, IS_ORDERED, PRECISION, STAGES,
+            K, V, BT, BK, BV, True, SILU, IS_PACKED, PRECISION, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def combine(
-    pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, REVERSE: tl.constexpr, USE_STATE: tl.constexpr, STORE_STATE: tl.constexpr,
-    IS_PACKED: tl.constexpr,
+    pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments, use_initial, store_final,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, REVERSE: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """states [N, segments, H, SIZE]: what each segment adds becomes, in place, the state that each begins with.
 
@@ -265,12 +263,9 @@ def combine(
     rate = tl.load(slopes + i_h) * LOG2_E
     _, _, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
     o_ends = (i_n * H + i_h).to(tl.int64) * SIZE
-    if USE_STATE:
-        b_s = tl.load(initial + o_ends + o_x, mask=o_x < SIZE, other=0.0)
-    else:
-        b_s = tl.zeros([BLOCK], dtype=tl.float32)
+    b_s = tl.load(initial + o_ends + o_x, mask=(o_x < SIZE) & (use_initial != 0), other=0.0)
     # What the last one adds begins no segment: it was only made where the state at the end is asked for.
-    num_added = num_segments if STORE_STATE else num_segments - 1
+    num_added = num_segments - 1 + store_final
     rows = segment_rows(length, num_segments)
     o_g = tl.arange(0, GROUP)
     for i_first in range(0, num_segments, GROUP):
@@ -292,15 +287,14 @@ def combine(
         b_begin += tl.exp2(-rate * (walked - begin))[:, None] * b_s[None, :]
         tl.store(p_x, b_begin, mask=(i < num_segments)[:, None] & m_x)
         b_s = b_s * tl.exp2(-rate * (end - begin)) + tl.sum(tl.exp2(-rate * (end - after))[:, None] * b_added, axis=0)
-    if STORE_STATE:
-        tl.store(final + o_ends + o_x, b_s, mask=o_x < SIZE)
+    tl.store(final + o_ends + o_x, b_s, mask=(o_x < SIZE) & (store_final != 0))
 
 
 @triton.jit(do_not_specialize=VARIABLE)
 def combine_kernel(
     states, dstates, initial, final, dfinal, dinitial, slopes, cu_seqlens, N, T, H, num_segments,
+    use_state, store_state, use_dstate, store_dstate,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    USE_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, USE_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
     IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """From what segments add to what they begin with, for both kinds. Grid: kinds * N * H * blocks of SIZE."""
@@ -308,13 +302,13 @@ def combine_kernel(
     num_forward = N * H * ((SIZE + BLOCK - 1) // BLOCK)
     if FORWARD and (not BACKWARD or pid < num_forward):
         combine(
-            pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments,
-            SIZE, BLOCK, GROUP, False, USE_INITIAL, STORE_FINAL, IS_PACKED,
+            pid, states, initial, final, slopes, cu_seqlens, T, H, num_segments, use_state, store_state,
+            SIZE, BLOCK, GROUP, False, IS_PACKED,
         )  # fmt: skip
     elif BACKWARD:
         combine(
             pid - num_forward if FORWARD else pid, dstates, dfinal, dinitial, slopes, cu_seqlens, T, H, num_segments,
-            SIZE, BLOCK, GROUP, True, USE_DFINAL, STORE_DINITIAL, IS_PACKED,
+            use_dstate, store_dstate, SIZE, BLOCK, GROUP, True, IS_PACKED,
         )  # fmt: skip
 
 

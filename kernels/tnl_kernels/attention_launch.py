@@ -42,12 +42,14 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Sequences:
     if cu_seqlens is None:
         return Sequences(B, T, H, T, None, None)
     N = len(cu_seqlens) - 1
-    order = None
-    if 1 < N <= MAX_ORDERED:
+    cu_seqlens = cu_seqlens.contiguous()
+    if N > MAX_ORDERED:
+        order = torch.arange(N, dtype=torch.int32, device=x.device)
+    else:
         order = torch.empty(N, dtype=torch.int32, device=x.device)
         with torch.cuda.device_of(x):
             order_kernel[(triton.cdiv(N, 64),)](cu_seqlens, order, N, BLOCK=64)
-    return Sequences(N, T, H, -(-T // N), cu_seqlens.contiguous(), order)
+    return Sequences(N, T, H, -(-T // N), cu_seqlens, order)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -64,6 +66,16 @@ def zeros(x: Tensor) -> Tensor:
 def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Distances between batch rows, tokens and heads."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def present(*tensors: Tensor | None) -> list[int]:
+    """Flags: which of the tensors are there."""
+    return [int(tensor is not None) for tensor in tensors]
+
+
+def or_any(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors, ``other`` for those that are not there: a kernel needs a pointer of the same kind."""
+    return [other if tensor is None else tensor for tensor in tensors]
 
 
 def check_head_dims(K: int, V: int) -> None:
@@ -101,26 +113,25 @@ def segment_states(
     dstates = like.new_empty(shape, dtype=torch.float32) if of_gradients else None
     walks = what.count * what.H
     per_segment = walks * triton.cdiv(V, tiles.columns)
-    num_forward = per_segment * (segments - (final is None)) if of else 0
-    programs = num_forward + (per_segment * (segments - (dinitial is None)) if of_gradients else 0)
+    walked = segments - (final is None) if of else 0
+    walked_d = segments - (dinitial is None) if of_gradients else 0
+    programs = per_segment * (walked + walked_d)
     sides = dict(FORWARD=of is not None, BACKWARD=of_gradients is not None)
     packed = dict(IS_PACKED=what.cu_seqlens is not None)
     with torch.cuda.device_of(like):
         if programs:
             states_kernel[(programs,)](
-                q, k, v, do, states, dstates, slopes, what.cu_seqlens, what.order, what.T, what.H, segments,
-                num_forward, *strides(q), *strides(k), *strides(v), *strides(do), K=K, V=V, BT=tiles.chunk, BK=block(K),
-                BV=tiles.columns, **sides, SKIP=final is None, SKIP_D=dinitial is None, SILU=silu, **packed,
-                IS_ORDERED=what.order is not None, PRECISION=PRECISION[like.dtype], STAGES=tiles.num_stages,
-                num_warps=tiles.num_warps,
+                q, k, v, do, states, dstates, slopes, what.cu_seqlens, what.order, what.count, what.T, what.H, segments,
+                walked, walked_d, *strides(q), *strides(k), *strides(v), *strides(do), K=K, V=V, BT=tiles.chunk,
+                BK=block(K), BV=tiles.columns, **sides, SILU=silu, **packed, PRECISION=PRECISION[like.dtype],
+                STAGES=tiles.num_stages, num_warps=tiles.num_warps,
             )  # fmt: skip
         if walks:
             blocks = walks * triton.cdiv(K * V, COMBINE_BLOCK)
             combine_kernel[(blocks * sum(sides.values()),)](
-                states, dstates, initial, final, dfinal, dinitial, slopes, what.cu_seqlens, what.count, what.T, what.H,
-                segments, SIZE=K * V, BLOCK=COMBINE_BLOCK, GROUP=COMBINE_GROUP, **sides,
-                USE_INITIAL=initial is not None, STORE_FINAL=final is not None, USE_DFINAL=dfinal is not None,
-                STORE_DINITIAL=dinitial is not None, **packed, num_warps=4,
+                states, dstates, *or_any(slopes, initial, final, dfinal, dinitial), slopes, what.cu_seqlens, what.count,
+                what.T, what.H, segments, *present(initial, final, dfinal, dinitial), SIZE=K * V, BLOCK=COMBINE_BLOCK,
+                GROUP=COMBINE_GROUP, **sides, **packed, num_warps=4,
             )  # fmt: skip
     return states, dstates
 
@@ -140,6 +151,7 @@ def forward(
     K, V = k.shape[-1], v.shape[-1]
     check_head_dims(K, V)
     what = sequences(k, cu_seqlens)
+    slopes = slopes.float().contiguous()
     q, k, v = readable(q), readable(k), readable(v)
     tiles = attention_tiles(K, V, k.dtype, silu, k.device)
     count = triton.cdiv(V, tiles.columns)
@@ -154,11 +166,10 @@ def forward(
         return
     with torch.cuda.device_of(k):
         attention_fwd_kernel[(programs,)](
-            q, k, v, o, slopes, state, stored, what.cu_seqlens, what.order, what.T, what.H, segments,
-            *strides(q), *strides(k), *strides(v), *strides(o), K=K, V=V, BT=tiles.chunk, BK=block(K),
-            BV=tiles.columns, SILU=silu, USE_STATE=state is not None, STORE_STATE=stored is not None,
-            IS_PACKED=what.cu_seqlens is not None, IS_ORDERED=what.order is not None, PRECISION=PRECISION[k.dtype],
-            STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+            q, k, v, o, slopes, *or_any(slopes, state, stored), what.cu_seqlens, what.order, what.T, what.H, segments,
+            *present(state, stored), *strides(q), *strides(k), *strides(v), *strides(o), K=K, V=V, BT=tiles.chunk,
+            BK=block(K), BV=tiles.columns, SILU=silu, IS_PACKED=what.cu_seqlens is not None,
+            PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages, num_warps=tiles.num_warps,
         )  # fmt: skip
 
 
@@ -169,6 +180,7 @@ def state_forward(
     K, V = k.shape[-1], v.shape[-1]
     check_head_dims(K, V)
     what = sequences(k, cu_seqlens)
+    slopes = slopes.float().contiguous()
     tiles = state_tiles(K, V, k.dtype, False, k.device)
     count = triton.cdiv(V, tiles.columns)
     segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 1)
@@ -194,6 +206,7 @@ def backward(
     """Write dk, dv and, where they are given, dq and ``dinitial``; shapes as in the forward pass."""
     K, V = k.shape[-1], v.shape[-1]
     what = sequences(k, cu_seqlens)
+    slopes = slopes.float().contiguous()
     q, k, v, do = readable(q), readable(k), readable(v), readable(do)
     tiles = attention_bwd_tiles(K, V, k.dtype, silu, k.device)
     count = triton.cdiv(V, tiles.columns_v) + (1 if dq is None else 2) * triton.cdiv(K, tiles.columns_k)
@@ -211,11 +224,11 @@ def backward(
     like = dk if dq is None else dq
     with torch.cuda.device_of(k):
         attention_bwd_kernel[(programs,)](
-            q, k, v, do, like, dk, dv, slopes, state, dstate, stored, what.cu_seqlens, what.order, what.T, what.H,
-            segments, *strides(q), *strides(k), *strides(v), *strides(do), *strides(like), *strides(dk), *strides(dv),
+            q, k, v, do, like, dk, dv, slopes, *or_any(slopes, state, dstate, stored), what.cu_seqlens, what.order,
+            what.T, what.H, segments, *present(state, dstate, stored), *strides(q), *strides(k), *strides(v),
+            *strides(do), *strides(like), *strides(dk), *strides(dv),
             K=K, V=V, BK=block(K), BV=block(V), BT_K=tiles.chunk_k, BT_V=tiles.chunk_v, TILE_K=tiles.columns_k,
-            TILE_V=tiles.columns_v, SILU=silu, STORE_DQ=dq is not None, USE_STATE=state is not None,
-            USE_DSTATE=dstate is not None, STORE_DINITIAL=stored is not None, IS_PACKED=what.cu_seqlens is not None,
-            IS_ORDERED=what.order is not None, PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages,
+            TILE_V=tiles.columns_v, SILU=silu, STORE_DQ=dq is not None,
+            IS_PACKED=what.cu_seqlens is not None, PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def attention_fwd(
     """o [B, T, H, V] and the final state [N, H, K, V], or [0]."""
     o = q.new_empty(v.shape)
     final = new_state(k, v.shape[-1], cu_seqlens, output_final_state)
-    forward(q, k, v, o, slopes.float(), initial_state, or_none(final), cu_seqlens, False)
+    forward(q, k, v, o, slopes, initial_state, or_none(final), cu_seqlens, False)
     return o, final
 
 
@@ -68,7 +68,7 @@ def attention_bwd(
     dinitial = new_state(k, v.shape[-1], cu_seqlens, need_dinitial)
     do = zeros(v) if do is None else do
     backward(
-        q, k, v, do, dq, dk, dv, slopes.float(), initial_state, dfinal, or_none(dinitial), cu_seqlens, False
+        q, k, v, do, dq, dk, dv, slopes, initial_state, dfinal, or_none(dinitial), cu_seqlens, False
     )  # fmt: skip
     return dq, dk, dv, dinitial
 
@@ -87,6 +87,7 @@ def _keep(ctx, inputs, output):
 def _attention_backward(ctx, do, dfinal):
     q, k, v, slopes, initial_state, cu_seqlens = ctx.saved_tensors
     need_dinitial = ctx.needs_input_grad[4]
+    dfinal = None if dfinal is None else or_none(dfinal)
     dq, dk, dv, dinitial = torch.ops.tnl_kernels.lightning_attention_bwd(
         q, k, v, do, slopes, initial_state, dfinal, cu_seqlens, need_dinitial
     )
@@ -100,7 +101,7 @@ attention_fwd.register_autograd(_attention_backward, setup_context=_keep)
 def state_fwd(k: Tensor, v: Tensor, slopes: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The final state [N, H, K, V]."""
     final = new_state(k, v.shape[-1], cu_seqlens, True)
-    state_forward(k, v, slopes.float(), initial_state, final, cu_seqlens)
+    state_forward(k, v, slopes, initial_state, final, cu_seqlens)
     return final
 
 
@@ -117,7 +118,7 @@ def state_bwd(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dinitial = torch.empty_like(dfinal, memory_format=torch.contiguous_format)
     backward(
-        zeros(k), k, v, zeros(v), None, dk, dv, slopes.float(), None, dfinal, dinitial, cu_seqlens, False
+        zeros(k), k, v, zeros(v), None, dk, dv, slopes, None, dfinal, dinitial, cu_seqlens, False
     )  # fmt: skip
     return dk, dv, dinitial
 

@@ -27,7 +27,7 @@ def packed_fwd(
     q, k, v, _ = parts(qkvu, num_heads)
     o = q.new_empty(q.shape)
     final = new_state(k, v.shape[-1], cu_seqlens, output_final_state)
-    forward(q, k, v, o, slopes.float(), initial_state, or_none(final), cu_seqlens, silu)
+    forward(q, k, v, o, slopes, initial_state, or_none(final), cu_seqlens, silu)
     return o, final
 
 
@@ -61,7 +61,7 @@ def packed_bwd(
     dinitial = new_state(k, v.shape[-1], cu_seqlens, need_dinitial)
     do = zeros(v) if do is None else do
     backward(
-        q, k, v, do, dq, dk, dv, slopes.float(), initial_state, dfinal, or_none(dinitial), cu_seqlens, silu
+        q, k, v, do, dq, dk, dv, slopes, initial_state, dfinal, or_none(dinitial), cu_seqlens, silu
     )  # fmt: skip
     return dqkvu, dinitial
 

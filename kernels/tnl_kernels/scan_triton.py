@@ -204,7 +204,7 @@ def scan(
     first = 0
     if not STORE_O:
         # What decays to zero before it reaches the state that is asked for need not be read.
-        reach = tl.minimum(1.0 / tl.maximum(rate, 1e-6) * ZERO_EXPONENT, 1e9).to(tl.int32)
+        reach = tl.minimum(1.0 / tl.maximum(rate, 1e-7) * ZERO_EXPONENT, 2e9).to(tl.int32)
         if REVERSE:
             kept = tl.minimum(num_chunks, tl.cdiv(reach, BT))
             tail = tl.where(kept < num_chunks, 0, tail)

@@ -115,7 +115,6 @@ def attention_bwd_tiles(K: int, V: int, dtype: torch.dtype, silu: bool, device: 
     of_k = attention_tiles(V, K, dtype, silu, device)
     of_v = attention_tiles(K, V, dtype, silu, device)
     num_warps = max(of_k.num_warps, of_v.num_warps)
-    num_stages = min(of_k.num_stages, of_v.num_stages)
-    if block(max(K, V)) == 64:
-        num_stages = min(3, num_stages)  # measured: more are slower here, unlike in the forward pass
+    # Measured: more stages than these spill or run fewer programs at once, unlike in the forward pass.
+    num_stages = min(of_k.num_stages, of_v.num_stages, 4 if block(max(K, V)) == 128 else 3)
     return BackwardTiles(of_k.chunk, of_k.columns, of_v.chunk, of_v.columns, num_warps, num_stages)
