@@ -72,13 +72,13 @@ def check_attention(op, q, k, v, state, do, dfinal, slopes, cu_seqlens=None, *, 
     expected = with_gradients(of(naive_lightning_attention, slopes.double()), wide[:-2], wide[-2:])
     names = ("o", "final_state", "dq", "dk", "dv", "dinitial")
     for name, a, e in zip(names, (*outputs, *gradients), (*expected[0], *expected[1]), strict=False):
-        close_by_head(name, a, e, slopes, 1 if name in ("final_state", "dinitial") else 2)
+        close_by_head(name, a, e, slopes, 1 if name in ("final_state", "dinitial") else 2, ratio)
     for x, gradient in zip(inputs, gradients, strict=True):
         assert gradient.dtype == x.dtype
     return (*outputs, *gradients)
 
 
-def close_by_head(name, actual, expected, slopes, head_dim):
+def close_by_head(name, actual, expected, slopes, head_dim, ratio=None):
     """Each head within the bound: one with a large state would hide another's error."""
     for i_h, slope in enumerate(slopes.tolist()):
         assert_close(f"{name}, slope {slope}", actual.select(head_dim, i_h), expected.select(head_dim, i_h), ratio)
