@@ -106,7 +106,8 @@ def test_segments_equal_one_pass(count, dtype, monkeypatch):
     for name, i_h, a, e in zip(("o", "final", "dq", "dk", "dv", "dinitial"), (2, 1, 2, 2, 2, 1), *results, strict=True):
         bounds = correctness.STATE_BOUNDS if i_h == 1 else correctness.BOUNDS
         error = reference.relative_error(a, e, i_h)
-        assert error <= bounds[dtype], f"{name} of {count} segments is {error:.1e} from that of one pass"
+        # Each is within its bound of the truth, and so within two of each other.
+        assert error <= 2 * bounds[dtype], f"{name} of {count} segments is {error:.1e} from that of one pass"
 
 
 # Miscompilation

@@ -216,8 +216,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def flags(argv: list[str] | None) -> str:
-    """The command's arguments as they were given."""
-    return " ".join(sys.argv[1:] if argv is None else argv)
+    """The command's arguments as they were given, but for the place of the JSON."""
+    given = sys.argv[1:] if argv is None else argv
+    return " ".join("PATH" if before == "--json" else word for before, word in zip(["", *given], given, strict=False))
 
 
 def save(result: dict, path: Path | None) -> None:

@@ -229,6 +229,6 @@ def backward(
             *strides(do), *strides(like), *strides(dk), *strides(dv),
             K=K, V=V, BK=block(K), BV=block(V), BT_K=tiles.chunk_k, BT_V=tiles.chunk_v, TILE_K=tiles.columns_k,
             TILE_V=tiles.columns_v, SILU=silu, STORE_DQ=dq is not None,
-            IS_PACKED=what.cu_seqlens is not None, PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages,
-            num_warps=tiles.num_warps,
+            HAS_STATES=any(present(state, dstate, stored)), IS_PACKED=what.cu_seqlens is not None,
+            PRECISION=PRECISION[k.dtype], STAGES=tiles.num_stages, num_warps=tiles.num_warps,
         )  # fmt: skip
