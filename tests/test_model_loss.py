@@ -296,7 +296,7 @@ def test_two_runs_are_bitwise_equal():
 
 def test_chunks_on_a_gpu_are_equal_and_fit_the_budget():
     gpu = torch.device("cuda")
-    assert [chunk_rows(N, 64000, gpu) for N in (0, 1, 8192, 16384, 17000, 131072)] == [128, 128, 8192, 8192, 5760, 8192]
+    assert [chunk_rows(N, 64000, gpu) for N in (0, 1, 8192, 16384, 17000, 131072)] == [128, 128, 4096, 4096, 3456, 4096]
 
 
 @pytest.mark.gpu
