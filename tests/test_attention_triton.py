@@ -425,6 +425,15 @@ def test_the_longest_documents_come_first(num_documents):
         assert torch.equal(attention_launch.sequences(x, offsets).order, expected)
 
 
+@pytest.mark.parametrize("offsets", [(-5, 70), (0, 500), (30, 10, 70), (0, 2**30, 70)])
+def test_wrong_offsets_stay_within_the_tensors(offsets):
+    # The public op looks at offsets in host memory; those on a GPU come here as they are.
+    q, k, v, *_ = random_inputs(70, 16, 16)
+    values = [x.to(DEVICE) for x in (q, k, v)]
+    o, _ = triton_lightning_attention(*values, torch.zeros(2, device=DEVICE), cu_seqlens=int32(*offsets))
+    assert o.shape == v.shape
+
+
 # The public ops
 
 

@@ -3,7 +3,7 @@
 import pytest
 import tnl_kernels
 import torch
-from tnl_kernels.dispatch import _log, form_of
+from tnl_kernels.dispatch import FORM_OF_DEVICE, _log, form_of
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", torch.device("cpu")])
@@ -36,3 +36,10 @@ def test_the_ops_ask_here(monkeypatch):
     monkeypatch.setattr("tnl_kernels.dispatch.FORM_OF_DEVICE", {})
     with pytest.raises(ValueError, match="no op of tnl_kernels is known to work on cpu tensors"):
         tnl_kernels.srmsnorm(torch.ones(1, 2))
+
+
+def test_an_fp64_stream_takes_the_torch_form(monkeypatch):
+    monkeypatch.setitem(FORM_OF_DEVICE, "cpu", "triton")
+    x, residual = torch.randn(3, 8), torch.randn(3, 8, dtype=torch.float64)
+    _, total = tnl_kernels.add_srmsnorm(x, residual)
+    assert torch.equal(total, residual + x)

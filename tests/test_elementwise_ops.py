@@ -188,3 +188,8 @@ THETA = torch.full((2, 1, 4), math.pi)
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sglu_refuses_integers():
+    with pytest.raises(ValueError, match="a: got dtype int64, expected float32"):
+        sglu(torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64))

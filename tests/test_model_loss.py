@@ -321,3 +321,20 @@ def test_chunks_on_a_gpu_equal_the_plain_formula(monkeypatch, vocab_size, traine
         assert gradient.dtype == torch.bfloat16
         # The logits are rounded to bf16 before the softmax, and the gradients on their way through it.
         assert_close(name, gradient, expected[name], 8e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, r"hidden: got shape \(2, 3, 4\), expected \[N, D\]"),
+        ({"weight": torch.zeros(9, 5)}, r"weight: got shape \(9, 5\), expected \[vocabulary, D\] = \(9, 4\)"),
+        ({"labels": torch.zeros(7, dtype=torch.int64)}, r"labels: got shape \(7,\), expected \[N\] = \(6,\)"),
+        ({"labels": torch.zeros(6)}, "labels: got dtype float32, expected int64"),
+        ({"hidden": torch.zeros(6, 4).bfloat16()}, "hidden: got dtype bfloat16, expected float32"),
+        ({"weight": torch.zeros(9, 4, device="meta")}, "weight: got a tensor on meta, expected cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(wrong, message):
+    given = {"hidden": torch.zeros(6, 4), "weight": torch.zeros(9, 4), "labels": torch.zeros(6, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**given | wrong)

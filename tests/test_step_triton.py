@@ -211,3 +211,9 @@ def test_tiles_of_small_and_large_heads():
     heads = {(128, 128): (32, 4), (64, 64): (64, 4), (256, 256): (16, 4), (16, 16): (16, 1), (1, 1): (1, 1)}
     heads |= {(4096, 64): (8, 8), (200, 100): (16, 4)}
     assert {head: step_tile(*head) for head in heads} == heads
+
+
+def test_a_state_that_overlaps_itself_is_refused():
+    q = k = v = torch.ones(2, 1, 4)
+    with pytest.raises(ValueError, match=r"state: got strides \(0, 16, 4, 1\), expected elements of their own"):
+        lightning_attention_step(q, k, v, torch.zeros(1), torch.zeros(1, 1, 4, 4).expand(2, 1, 4, 4))

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import torch
 from shapes import normal, timed_slopes
-from tnl_kernels import add_srmsnorm, gated_srmsnorm, lightning_attention_packed, sglu, srmsnorm
+from tnl_kernels import (
+    add_srmsnorm,
+    gated_srmsnorm,
+    lightning_attention,
+    lightning_attention_packed,
+    lrpe,
+    sglu,
+    srmsnorm,
+)
 
 # One row of TNL-1B: 16 heads of 128, a GLU of 5632, 64000 words.
 T, H, K, F, WORDS = 2048, 16, 128, 5632, 64000
@@ -31,7 +39,7 @@ def loss_step() -> Callable[[], None]:
 
     def step() -> None:
         output = linear_cross_entropy(hidden, weight, labels)
-        (output[0] if isinstance(output, tuple) else output).backward()
+        output[0].backward()
 
     return step
 
@@ -55,6 +63,13 @@ def steps() -> dict[str, Callable[[], Callable[[], None]]]:
     return {
         "lightning_attention_packed": lambda: op_step(
             lambda x: lightning_attention_packed(x, slopes, num_heads=H), (1, T, 4 * H * K)
+        ),
+        # The first layer has LRPE, which doubles the head dim of q and k.
+        "lightning_attention": lambda: op_step(
+            lambda q, k, v: lightning_attention(q, k, v, slopes), (1, T, H, 2 * K), (1, T, H, 2 * K), (1, T, H, K)
+        ),
+        "lrpe": lambda: op_step(
+            lambda x, theta: lrpe(x, theta, torch.arange(T, device="cuda")), (1, T, H, K), (H, 1, K)
         ),
         "srmsnorm": lambda: op_step(srmsnorm, row),
         "add_srmsnorm": lambda: op_step(add_srmsnorm, row, row),

@@ -114,7 +114,8 @@ def lightning_attention_packed(
             bf16, fp16 or fp64.
         slopes: [H] fp32, >= 0; gets no gradient.
         num_heads: H.
-        activation: "silu" on q and k, computed in fp32 and not rounded before the attention, or None.
+        activation: "silu" on q and k, computed in fp32, or None. Rounded to the dtype of qkvu on a GPU, for its dots;
+            not rounded before the attention elsewhere.
         initial_state, output_final_state, cu_seqlens: as in `lightning_attention`, with V = K.
 
     Returns:

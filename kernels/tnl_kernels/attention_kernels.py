@@ -29,8 +29,10 @@ VARIABLE = [
 def sequence(i_n, cu_seqlens, T, IS_PACKED: tl.constexpr):
     """Sequence ``i_n``: its row of the batch, its first token there, its length."""
     if IS_PACKED:
-        o_first = tl.load(cu_seqlens + i_n)
-        return 0, o_first, tl.load(cu_seqlens + i_n + 1) - o_first
+        # The host does not look at offsets on a GPU: wrong ones must not lead out of the tensors.
+        o_first = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n), 0), T)
+        o_end = tl.minimum(tl.load(cu_seqlens + i_n + 1), T)
+        return 0, o_first, tl.maximum(o_end - o_first, 0)
     return i_n, 0, T
 
 

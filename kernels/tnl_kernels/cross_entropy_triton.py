@@ -38,7 +38,7 @@ def cross_entropy_kernel(
         if STORE_GRADIENT:
             b_zero = tl.zeros([BV], dtype=p_logits.dtype.element_ty)
             for start in range(0, V, BV):
-                tl.store(p_row + (start + o_v) * stride_v, b_zero, mask=start + o_v < V)
+                tl.store(p_row + (start + o_v).to(tl.int64) * stride_v, b_zero, mask=start + o_v < V)
     else:
         # The labels are not checked on the host: a wrong one reads nothing, and its NaN is seen.
         is_class = (label >= 0) & (label < V)
@@ -47,7 +47,9 @@ def cross_entropy_kernel(
         maximum = tl.full([], LOWEST, tl.float32)
         total = tl.zeros([], tl.float32)
         for start in range(0, V, BV):
-            b_x = tl.load(p_row + (start + o_v) * stride_v, mask=start + o_v < V, other=float("-inf")).to(tl.float32)
+            b_x = tl.load(p_row + (start + o_v).to(tl.int64) * stride_v, mask=start + o_v < V, other=float("-inf")).to(
+                tl.float32
+            )
             larger = tl.maximum(maximum, tl.max(b_x, 0))
             total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(b_x - larger), 0)
             maximum = larger
@@ -55,7 +57,7 @@ def cross_entropy_kernel(
         tl.store(p_losses + i_n, lse - picked)
         if STORE_GRADIENT:
             for start in range(0, V, BV):
-                p_x = p_row + (start + o_v) * stride_v
+                p_x = p_row + (start + o_v).to(tl.int64) * stride_v
                 m_x = start + o_v < V
                 b_dx = tl.exp(tl.load(p_x, mask=m_x, other=float("-inf")).to(tl.float32) - lse)
                 b_dx = tl.where(start + o_v == label.to(tl.int32), b_dx - 1.0, b_dx)

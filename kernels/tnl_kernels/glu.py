@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from tnl_kernels.checks import check_devices
+from tnl_kernels.checks import check_devices, check_dtype
 from tnl_kernels.dispatch import HAS_TRITON, dispatch
+from tnl_kernels.dtypes import FLOATS
 
 if HAS_TRITON:
     from tnl_kernels.glu_triton import triton_sglu
@@ -31,6 +32,7 @@ def sglu(a: Tensor, b: Tensor) -> Tensor:
 
     Source: TransNormerLLM (arXiv 2307.14995), SGLU.
     """
+    check_dtype("a", a, FLOATS)
     check_devices(a.device, b=b)
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"b: got {tuple(b.shape)} {b.dtype}, expected {tuple(a.shape)} {a.dtype}, as a")

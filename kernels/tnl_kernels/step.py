@@ -98,6 +98,8 @@ def lightning_attention_step(
     check_num_dims("state", state, "[slots, H, K, V]")
     num_slots = B if slots is None else len(state)
     check_state("state", state, (num_slots, H, K, V), "[slots, H, K, V]", k.dtype)
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        raise ValueError(f"state: got strides {state.stride()}, expected elements of their own: it is updated in place")
     if slots is not None:
         check_slots(slots, B, num_slots)
     form = dispatch(q, torch=torch_lightning_attention_step, triton=triton_lightning_attention_step)

@@ -58,7 +58,8 @@ def lightning_attention_step_kernel(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     p_s = p_state + slot * stride_s_slot + i_h * stride_s_h
-    p_s = p_s + (o_k.to(tl.int64) * stride_s_k)[:, None] + (o_v.to(tl.int64) * stride_s_v)[None, :]
+    o_k, o_v = o_k.to(tl.int64), o_v.to(tl.int64)
+    p_s = p_s + (o_k * stride_s_k)[:, None] + (o_v * stride_s_v)[None, :]
     m_s = (m_k[:, None] & m_v[None, :]) & ((slot >= 0) & (slot < num_slots))
     b_s = tl.load(p_s, mask=m_s, other=0.0)  # [BK, BV]
 
@@ -165,5 +166,5 @@ def triton_lightning_attention_step(
     slots: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """The Triton form of `tnl_kernels.lightning_attention_step`: fp32, bf16 or fp16; compiled once per K and V."""
+    """The Triton form of `tnl_kernels.lightning_attention_step`: fp32, bf16 or fp16, for any B."""
     return lightning_attention_step_op(q, k, v, slopes, state, slots, activation)

@@ -59,12 +59,13 @@ def block(dim: int) -> int:
 
 
 def shared_memory(tiles: Tiles, inner: int, dtype: torch.dtype, silu: bool) -> int:
-    """Bytes of shared memory of a program, from above: tiles in flight, and copies made on chip."""
+    """Bytes of shared memory of a program, from above: tiles in flight and copies made on chip in the loop, or the fp32
+    state on its way to and from memory, whichever is more."""
     size = 2 if dtype == torch.bfloat16 else 4
     rows = (tiles.num_stages - 1) * (2 * inner + tiles.columns) + tiles.columns + (4 * inner if silu else 0)
     if dtype != torch.bfloat16:
         rows += 3 * inner + tiles.columns
-    return tiles.chunk * size * rows
+    return max(tiles.chunk * size * rows, 4 * tiles.columns * inner + 16 * 1024)
 
 
 def fitting(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from tnl_kernels import cross_entropy_
+from tnl_kernels.checks import check_devices, check_dtype, check_num_dims, check_shape
 from tnl_kernels.dtypes import compute_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -120,12 +121,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
 
     Returns:
         The loss sum, fp32 scalar (fp64 for fp64) with gradients to `hidden` and `weight`, and the number of labelled
-        rows, int64 scalar. Gradients are made only for what asks for them; that of the weight is summed in fp32.
+        rows, int64 scalar. Gradients are made only for what asks for them, once; that of the weight is summed in fp32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
+    check_num_dims("hidden", hidden, "[N, D]")
+    check_shape("weight", weight, (*weight.shape[:1], hidden.shape[1]), "[vocabulary, D]")
+    check_shape("labels", labels, (len(hidden),), "[N]")
+    check_dtype("labels", labels, (torch.int64,))
+    check_devices(hidden.device, weight=weight, labels=labels)
     device_type = hidden.device.type
     # Asked about meta tensors, which have no autocast, torch raises.
     is_autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if is_autocast else weight.dtype
+    if not is_autocast:
+        check_dtype("hidden", hidden, (weight.dtype,))
     is_trained = torch.is_grad_enabled()
     loss, _, _ = linear_cross_entropy_op(
         hidden, weight, labels, dtype, is_trained and hidden.requires_grad, is_trained and weight.requires_grad
