@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from tnl_kernels import lightning_attention, lightning_attention_packed, lightning_attention_state
-from tnl_kernels.dispatch import HAS_TRITON
+import triton
+from tnl_kernels import (
+    attention_kernels,
+    attention_launch,
+    attention_triton,
+    lightning_attention,
+    lightning_attention_packed,
+    lightning_attention_state,
+    segments,
+    tiles,
+)
 
 from tests.attention_inputs import ALIBI, check_attention, int32, random_inputs, random_packed, with_gradients
-
-if not HAS_TRITON:
-    pytest.skip("needs triton", allow_module_level=True)
-
-import triton
-from tnl_kernels import attention_kernels, attention_launch, attention_triton, segments, tiles
 
 # Scripts that import each other by name, as they do when they are run.
 sys.path.append(str(Path(__file__).parent.parent / "kernels" / "benchmarks"))

@@ -3,20 +3,17 @@
 import functools
 
 import pytest
+import tnl_kernels.attention_triton
+import tnl_kernels.packed_triton
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from tnl_kernels import lightning_attention, lightning_attention_packed, lightning_attention_state
-from tnl_kernels.dispatch import FORM_OF_DEVICE, HAS_TRITON
+from tnl_kernels.dispatch import FORM_OF_DEVICE
+from torch import library
 from torch._functorch.aot_autograd import aot_module_simplified
 
 from tests.attention_inputs import ALIBI, int32, random_inputs, random_packed
-
-if not HAS_TRITON:
-    pytest.skip("needs triton", allow_module_level=True)
-
-import tnl_kernels.attention_triton
-import tnl_kernels.packed_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.tnl_kernels
@@ -77,7 +74,7 @@ def test_is_an_operator_of_torch(op, name):
         arguments = tuple(
             x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in arguments
         )
-    torch.library.opcheck(getattr(OPS, f"lightning_attention_{op}").default, arguments)
+    library.opcheck(getattr(OPS, f"lightning_attention_{op}").default, arguments)
 
 
 # The compiler

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from tnl_kernels import lightning_attention, lightning_attention_packed, lightning_attention_state
-from tnl_kernels.dispatch import FORM_OF_DEVICE, HAS_TRITON
+import triton.language as tl
+from tnl_kernels import (
+    attention_kernels,
+    attention_launch,
+    lightning_attention,
+    lightning_attention_packed,
+    lightning_attention_state,
+)
+from tnl_kernels.attention_triton import triton_lightning_attention, triton_lightning_attention_state
+from tnl_kernels.dispatch import FORM_OF_DEVICE
 from tnl_kernels.naive import naive_lightning_attention
+from tnl_kernels.packed_triton import triton_lightning_attention_packed
+from tnl_kernels.tiles import BackwardTiles, Tiles
 
 from tests.attention_inputs import (
     ALIBI,
@@ -17,15 +27,6 @@ from tests.attention_inputs import (
 )
 from tests.attention_inputs import int32 as cpu_int32
 from tests.closeness import assert_close
-
-if not HAS_TRITON:
-    pytest.skip("needs triton", allow_module_level=True)
-
-import triton.language as tl
-from tnl_kernels import attention_kernels, attention_launch
-from tnl_kernels.attention_triton import triton_lightning_attention, triton_lightning_attention_state
-from tnl_kernels.packed_triton import triton_lightning_attention_packed
-from tnl_kernels.tiles import BackwardTiles, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Every kind of decay: none, one that is slow, ALiBi, one under which a token forgets its predecessor.

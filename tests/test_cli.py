@@ -39,23 +39,6 @@ EXAMPLES = [
 
 
 @pytest.fixture
-def tnl_command(monkeypatch, capsys):
-    """Run ``tnl ARGUMENTS`` in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["tnl", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def prepare_that(monkeypatch):
     """Replace what ``tnl data prepare`` calls by something that raises."""
 

@@ -1,7 +1,7 @@
 """The doctor: a machine that is well passes, a broken kernel is a FAIL row and exit code 69, nothing is a traceback."""
 
 import json
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,7 @@ import tnl_kernels
 import torch
 from tnl_kernels import tiles
 
-from tnl import cli, errors
+from tnl import errors
 from tnl.tools import doctor_checks, doctor_machine
 from tnl.tools.doctor import format_tiles, tile_rows
 
@@ -17,19 +17,9 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a mac
 
 
 @pytest.fixture
-def tnl_doctor(monkeypatch, capsys):
+def tnl_doctor(tnl_command):
     """Run ``tnl doctor ARGUMENTS`` in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tnl", "doctor", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(tnl_command, "doctor")
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from tnl_kernels import rows
-from tnl_kernels.dispatch import HAS_TRITON
+from tnl_kernels import norm_triton, rows
+from tnl_kernels.glu_triton import triton_sglu
+from tnl_kernels.lrpe_triton import triton_lrpe
 from tnl_kernels.naive import (
     naive_add_srmsnorm,
     naive_gated_srmsnorm,
@@ -15,16 +16,10 @@ from tnl_kernels.naive import (
     naive_sglu,
     naive_srmsnorm,
 )
+from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+from torch import library
 
 from tests.closeness import assert_close
-
-if not HAS_TRITON:
-    pytest.skip("needs triton", allow_module_level=True)
-
-from tnl_kernels import norm_triton
-from tnl_kernels.glu_triton import triton_sglu
-from tnl_kernels.lrpe_triton import triton_lrpe
-from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes in numpy, which has no bf16: its roundings there are not those of a GPU.
@@ -293,14 +288,14 @@ def test_is_an_operator_of_torch(name):
             x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
             for x in arguments
         )
-    torch.library.opcheck(getattr(OPS, name).default, arguments)
+    library.opcheck(getattr(OPS, name).default, arguments)
 
 
 def test_optional_arguments_are_operators_too():
     x, u = normal(2, 3, 8), normal(2, 3, 8, seed=1)
-    torch.library.opcheck(OPS.srmsnorm_bwd.default, (x, u, None, 1e-6))
+    library.opcheck(OPS.srmsnorm_bwd.default, (x, u, None, 1e-6))
     rotation = theta_of(2, 4), torch.arange(3, device=DEVICE)
-    torch.library.opcheck(OPS.lrpe_bwd.default, (normal(2, 3, 2, 8), x.unflatten(-1, (2, 4)), *rotation, False))
+    library.opcheck(OPS.lrpe_bwd.default, (normal(2, 3, 2, 8), x.unflatten(-1, (2, 4)), *rotation, False))
 
 
 COMPILED = {

@@ -4,6 +4,7 @@ import pytest
 import tnl_kernels.dispatch
 import torch
 import torch.nn.functional as F
+from torch import library
 
 import tnl.model.loss
 from tests.closeness import assert_close
@@ -209,7 +210,7 @@ def test_opcheck(trains_hidden, trains_weight):
     hidden.requires_grad_(trains_hidden)
     weight.requires_grad_(trains_weight)
     arguments = (hidden, weight, labels, torch.float32, trains_hidden, trains_weight)
-    torch.library.opcheck(linear_cross_entropy_op, arguments)
+    library.opcheck(linear_cross_entropy_op, arguments)
 
 
 @pytest.mark.parametrize("trains_weight", [True, False])

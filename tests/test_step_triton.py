@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from tnl_kernels import lightning_attention_step
 from tnl_kernels.naive import naive_lightning_attention_step
+from torch import library
 
 from tests.closeness import assert_close
 
@@ -160,7 +161,7 @@ def test_leaves_no_graph():
 def test_opcheck(slots):
     q, k, v, slopes, state = step_inputs(2, 2, 16, 24, num_slots=2)
     slots = None if slots is None else slots_of(*slots)
-    torch.library.opcheck(lightning_attention_step_op, (q, k, v, slopes, state, slots, "silu"))
+    library.opcheck(lightning_attention_step_op, (q, k, v, slopes, state, slots, "silu"))
 
 
 def test_compiled_as_one_graph_and_once_for_all_batches():

@@ -9,7 +9,6 @@ missing or raise are left out, with the reason in the JSON. Under four minutes; 
 
 import argparse
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,10 @@ import torch
 from background import Background
 from cases import CASES
 from correctness import check_all, describe
-from limits import copy_bandwidth, environment, matmul_rate
+from limits import copy_bandwidth, matmul_rate
 from measure import measure
 from peers import IMPLEMENTATIONS, versions
+from record import environment, save
 from shapes import QUICK, SCALING, TIMED, Shape, select
 
 # Seconds from the start that the gates, and the processes beside them, may take.
@@ -219,13 +219,6 @@ def flags(argv: list[str] | None) -> str:
     """The command's arguments as they were given, but for the place of the JSON."""
     given = sys.argv[1:] if argv is None else argv
     return " ".join("PATH" if before == "--json" else word for before, word in zip(["", *given], given, strict=False))
-
-
-def save(result: dict, path: Path | None) -> None:
-    """Write the figures so far; a run that is cut off leaves what it measured."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

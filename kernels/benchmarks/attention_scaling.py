@@ -7,7 +7,6 @@ fourfold. On CPU the time is that of one thread, as the process is charged for i
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from record import save
 from tnl_kernels import lightning_attention
 from tnl_kernels.naive import naive_lightning_attention
 
@@ -117,22 +117,20 @@ def main() -> int:
     for row in rows:
         print("".join(f"{row.get(name, '-'):>24}" for name in columns))
     print(f"from T = {LENGTHS[0]} to {LENGTHS[-1]}, {LENGTHS[-1] // LENGTHS[0]} times: {growth:.1f} times the time")
-    if arguments.json:
-        on_cuda = torch.device(arguments.device).type == "cuda"
-        result = {
-            "device": torch.cuda.get_device_name() if on_cuda else f"{platform.machine()} CPU",
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "command": "python kernels/benchmarks/attention_scaling.py --json PATH --device " + arguments.device,
-            "shape": {"B": B, "H": H, "K": K, "V": K, "dtype": "float32"},
-            "pass": "forward + backward, best of repeats",
-            "repeats": REPEATS,
-            "error_against_fp64": float(f"{error:.2e}"),
-            "ratios": rows,
-            "growth": {"T": [LENGTHS[0], LENGTHS[-1]], "linear": round(growth, 2)},
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    on_cuda = torch.device(arguments.device).type == "cuda"
+    result = {
+        "device": torch.cuda.get_device_name() if on_cuda else f"{platform.machine()} CPU",
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": "python kernels/benchmarks/attention_scaling.py --json PATH --device " + arguments.device,
+        "shape": {"B": B, "H": H, "K": K, "V": K, "dtype": "float32"},
+        "pass": "forward + backward, best of repeats",
+        "repeats": REPEATS,
+        "error_against_fp64": float(f"{error:.2e}"),
+        "ratios": rows,
+        "growth": {"T": [LENGTHS[0], LENGTHS[-1]], "linear": round(growth, 2)},
+    }
+    save(result, arguments.json)
     return 0
 
 

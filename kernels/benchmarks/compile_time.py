@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import save
 from shapes import normal, timed_slopes
 from tnl_kernels import (
     add_srmsnorm,
@@ -108,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             result["missing"][name] = f"{type(error).__name__}: {str(error)[:300]}"
     result["total_s"] = round(sum(result["ops"].values()), 2)
     print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result) + "\n")
+    save(result, arguments.json)
     return 0
 
 

@@ -7,13 +7,13 @@ larger buffers of NaN; each case runs twice and must give the same bits. Exit co
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 from cases import CASES, Case
+from record import save
 from reference import attention_reference, relative_error
 from tnl_kernels import lightning_attention, lightning_attention_packed, lightning_attention_state
 from torch import Tensor
@@ -207,8 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         families = sorted({case.family for case in cases})[part::parts]
         cases = [case for case in cases if case.family in families]
     rows = check_all(cases, arguments.device)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    save(rows, arguments.json)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

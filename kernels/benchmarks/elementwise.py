@@ -8,14 +8,14 @@ torch form under torch.compile: the public ops take the faster one in each mode.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from limits import copy_bandwidth, environment
+from limits import copy_bandwidth
+from record import environment, save
 from tnl_kernels.glu import torch_sglu
 from tnl_kernels.glu_triton import triton_sglu
 from tnl_kernels.lrpe import torch_lrpe
@@ -198,18 +198,16 @@ def main() -> int:
             print(f"{op:<16}{size:<22}{row['pass']:<10}{row['floor_ms']:>10.4f}{multiples}", flush=True)
     missed = [row for row in rows if row["triton_over_floor"] > row["target"]]
     print(f"{len(rows) - len(missed)} of {len(rows)} Triton passes within {TARGETS} times the floor")
-    if arguments.json:
-        result = {
-            **environment(),
-            "command": "python kernels/benchmarks/elementwise.py --json PATH",
-            "dtype": "bfloat16",
-            "time": f"median of {REPEATS} CUDA graphs of {CALLS} calls, {SETS} sets of tensors in turn",
-            "copy_tb_per_s": round(bandwidth / 1e12, 3),
-            "errors_against_fp64": {name: float(f"{error:.2e}") for name, error in errors.items()},
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        **environment(),
+        "command": "python kernels/benchmarks/elementwise.py --json PATH",
+        "dtype": "bfloat16",
+        "time": f"median of {REPEATS} CUDA graphs of {CALLS} calls, {SETS} sets of tensors in turn",
+        "copy_tb_per_s": round(bandwidth / 1e12, 3),
+        "errors_against_fp64": {name: float(f"{error:.2e}") for name, error in errors.items()},
+        "rows": rows,
+    }
+    save(result, arguments.json)
     return 0
 
 

@@ -16,19 +16,6 @@ BUDGET_MS, MOST = 300.0, 50
 HOST_MS, CYCLES_PER_MS = 0.6, 1_800_000
 
 
-def environment() -> dict[str, str | None]:
-    """The GPU's name and the versions of torch and triton."""
-    try:
-        import triton
-    except ModuleNotFoundError:
-        triton = None
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "triton": triton and triton.__version__,
-    }
-
-
 def median_ms(function: Callable, least: int = 7) -> float:
     """Median device time of ``function()`` in ms, over as many calls as fit `BUDGET_MS`, but ``least`` to `MOST`."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")

@@ -9,7 +9,6 @@ the plain formula, both as it is and compiled, and Liger-Kernel and torch's own 
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from limits import copy_bandwidth, environment, median_ms
+from limits import copy_bandwidth, median_ms
+from record import environment, save
 from tnl_kernels.cross_entropy_triton import LOGITS_PER_WARP, TILE_ELEMENTS, launch_cross_entropy
 from torch import Tensor
 
@@ -233,19 +233,17 @@ def main() -> int:
             row = measure(name, loss_function, tensors, floor)
             rows.append({"D": D, "vocab_size": vocab_size, "floor_ms": floor, "matmul_flop_per_s": rate, **row})
             print(f"{name:<24} {row['ms']:>8.2f} {row['multiple_of_floor']:>8.2f} {row['peak_GiB']:>8.2f}", flush=True)
-    if arguments.json:
-        result = {
-            **environment(),
-            "command": "python kernels/benchmarks/loss.py --json PATH" + " --tiles" * arguments.tiles,
-            "shape": {"N": N, "dtype": "bfloat16"},
-            "copy_bytes_per_s": bandwidth,
-            "errors": checked,
-            "time": "median of the loss and both gradients; peak memory over that of hidden, weight and labels",
-            "kernel": kernel_rows,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        **environment(),
+        "command": "python kernels/benchmarks/loss.py --json PATH" + " --tiles" * arguments.tiles,
+        "shape": {"N": N, "dtype": "bfloat16"},
+        "copy_bytes_per_s": bandwidth,
+        "errors": checked,
+        "time": "median of the loss and both gradients; peak memory over that of hidden, weight and labels",
+        "kernel": kernel_rows,
+        "rows": rows,
+    }
+    save(result, arguments.json)
     return 0
 
 

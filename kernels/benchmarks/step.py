@@ -9,14 +9,14 @@ no room in the L2 cache. flash-linear-attention, where it is installed, stands b
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from limits import copy_bandwidth, environment, graph_ms
+from limits import copy_bandwidth, graph_ms
+from record import environment, save
 from tnl_kernels import lightning_attention_step
 from tnl_kernels.naive import naive_lightning_attention_step
 from tnl_kernels.step import torch_lightning_attention_step
@@ -127,19 +127,17 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, H {H}, K = V = {D}, {DTYPE}, fp32 state")
     print(f"{'B':>4} {'form':<28} {'us':>10} {'floor us':>10} {'x floor':>10}")
     rows = measure(bandwidth, arguments.tiles)
-    if arguments.json:
-        result = {
-            **environment(),
-            "command": "python kernels/benchmarks/step.py --json PATH" + " --tiles" * arguments.tiles,
-            "shape": {"H": H, "K": D, "V": D, "dtype": "bfloat16"},
-            "copy_bytes_per_s": bandwidth,
-            "error_against_fp64": {"o": output_error, "state": state_error},
-            "time": "median of a call inside a CUDA graph whose states do not fit the L2 cache together",
-            "missing": {} if importlib.util.find_spec("fla") else {"fla fused_recurrent": "fla is not installed"},
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {
+        **environment(),
+        "command": "python kernels/benchmarks/step.py --json PATH" + " --tiles" * arguments.tiles,
+        "shape": {"H": H, "K": D, "V": D, "dtype": "bfloat16"},
+        "copy_bytes_per_s": bandwidth,
+        "error_against_fp64": {"o": output_error, "state": state_error},
+        "time": "median of a call inside a CUDA graph whose states do not fit the L2 cache together",
+        "missing": {} if importlib.util.find_spec("fla") else {"fla fused_recurrent": "fla is not installed"},
+        "rows": rows,
+    }
+    save(result, arguments.json)
     return 0
 
 

@@ -51,6 +51,29 @@ def segment(i_s, length, num_segments):
 
 
 @triton.jit
+def place(
+    pid, cu_seqlens, order, T, H, num_segments, num_walked, TILES: tl.constexpr, REVERSE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Where program ``pid`` works: its tile, head, row of the batch, first token, number of rows, number of the state.
+
+    Programs walk the first ``num_walked`` segments of each sequence, in reversed time the last ones.
+    """
+    i_tile = pid % TILES
+    i_h = (pid // TILES) % H
+    i_s = (pid // TILES // H) % num_walked
+    i_n = pid // TILES // H // num_walked
+    if REVERSE:
+        i_s += num_segments - num_walked
+    if IS_PACKED:
+        i_n = tl.load(order + i_n)
+    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
+    o_segment, length = segment(i_s, length, num_segments)
+    i_state = (i_n * num_segments + i_s) * H + i_h
+    return i_tile, i_h, tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64), length, i_state
+
+
+@triton.jit
 def load_state(
     state, i_state, o_row, o_col, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, is_present
 ):
@@ -84,17 +107,9 @@ def attention_fwd_kernel(
     State number (n, segment, h) is [K, V] fp32. Grid: sequences * segments * H * tiles of V.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    i_v = pid % tiles
-    i_h = (pid // tiles) % H
-    i_s = (pid // tiles // H) % num_segments
-    i_n = pid // tiles // H // num_segments
-    if IS_PACKED:
-        i_n = tl.load(order + i_n)
-    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
-    o_segment, length = segment(i_s, length, num_segments)
-    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
-    i_state = (i_n * num_segments + i_s) * H + i_h
+    i_v, i_h, i_b, i_t, length, i_state = place(
+        tl.program_id(0), cu_seqlens, order, T, H, num_segments, num_segments, tiles, False, IS_PACKED
+    )
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     b_s = load_state(state, i_state, o_v, o_k, 1, V, V, K, use_state)
@@ -139,17 +154,9 @@ def attention_bwd_kernel(
     tiles_k: tl.constexpr = (K + TILE_K - 1) // TILE_K
     tiles_v: tl.constexpr = (V + TILE_V - 1) // TILE_V
     tiles: tl.constexpr = tiles_v + (2 if STORE_DQ else 1) * tiles_k
-    pid = tl.program_id(0)
-    i_tile = pid % tiles
-    i_h = (pid // tiles) % H
-    i_s = (pid // tiles // H) % num_segments
-    i_n = pid // tiles // H // num_segments
-    if IS_PACKED:
-        i_n = tl.load(order + i_n)
-    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
-    o_segment, length = segment(i_s, length, num_segments)
-    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
-    i_state = (i_n * num_segments + i_s) * H + i_h
+    i_tile, i_h, i_b, i_t, length, i_state = place(
+        tl.program_id(0), cu_seqlens, order, T, H, num_segments, num_segments, tiles, False, IS_PACKED
+    )
     slope = tl.load(slopes + i_h)
     p_q = q + i_b * stride_qb + i_t * stride_qt + i_h * stride_qh
     p_k = k + i_b * stride_kb + i_t * stride_kt + i_h * stride_kh
@@ -203,17 +210,9 @@ def added_state(
 ):  # fmt: skip
     """What one segment alone adds to the state at its end (in reversed time: at its beginning)."""
     tiles: tl.constexpr = (V + BV - 1) // BV
-    i_v = pid % tiles
-    i_h = (pid // tiles) % H
-    i_s = (pid // tiles // H) % num_walked
-    i_n = pid // tiles // H // num_walked
-    if REVERSE:
-        i_s += num_segments - num_walked
-    if IS_PACKED:
-        i_n = tl.load(order + i_n)
-    i_b, o_sequence, length = sequence(i_n, cu_seqlens, T, IS_PACKED)
-    o_segment, length = segment(i_s, length, num_segments)
-    i_b, i_t = tl.cast(i_b, tl.int64), tl.cast(o_sequence + o_segment, tl.int64)
+    i_v, i_h, i_b, i_t, length, i_state = place(
+        pid, cu_seqlens, order, T, H, num_segments, num_walked, tiles, REVERSE, IS_PACKED
+    )
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     p_k = k + i_b * stride_kb + i_t * stride_kt + i_h * stride_kh
@@ -222,7 +221,7 @@ def added_state(
         p_k, stride_kt, stride_kt, stride_vt, stride_kt, stride_kt, length, tl.load(slopes + i_h), i_v,
         K, V, BT, BK, BV, REVERSE, SILU, SILU, False, False, False, PRECISION, STAGES,
     )  # fmt: skip
-    write_state(states, (i_n * num_segments + i_s) * H + i_h, b_s, o_v, o_k, 1, V, V, K, 1)
+    write_state(states, i_state, b_s, o_v, o_k, 1, V, V, K, 1)
 
 
 @triton.jit(do_not_specialize=VARIABLE)

@@ -35,6 +35,10 @@ class Sequences:
     cu_seqlens: Tensor | None
     order: Tensor | None
 
+    def segments(self, tiles: int, K: int, V: int, device: torch.device, kinds: int) -> int:
+        """Into how many segments each is cut, for walks of ``tiles`` programs and ``kinds`` of states [K, V]."""
+        return num_segments(self.rows, self.count * self.H, tiles, K, V, properties(device)[2], kinds)
+
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Sequences:
     """The sequences in x [B, T, H, K]; the order of documents is found on the device."""
@@ -155,7 +159,7 @@ def forward(
     q, k, v = readable(q), readable(k), readable(v)
     tiles = attention_tiles(K, V, k.dtype, silu, k.device)
     count = triton.cdiv(V, tiles.columns)
-    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 1)
+    segments = what.segments(count, K, V, k.device, 1)
     state = None if initial is None else initial.contiguous()
     stored = final
     if segments > 1:
@@ -183,7 +187,7 @@ def state_forward(
     slopes = slopes.float().contiguous()
     tiles = state_tiles(K, V, k.dtype, False, k.device)
     count = triton.cdiv(V, tiles.columns)
-    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 1)
+    segments = what.segments(count, K, V, k.device, 1)
     initial = None if initial is None else initial.contiguous()
     segment_states(what, segments, slopes, False, (readable(k), readable(v), initial, final), None)
 
@@ -210,7 +214,7 @@ def backward(
     q, k, v, do = readable(q), readable(k), readable(v), readable(do)
     tiles = attention_bwd_tiles(K, V, k.dtype, silu, k.device)
     count = triton.cdiv(V, tiles.columns_v) + (1 if dq is None else 2) * triton.cdiv(K, tiles.columns_k)
-    segments = num_segments(what.rows, what.count * what.H, count, K, V, properties(k.device)[2], 2)
+    segments = what.segments(count, K, V, k.device, 2)
     state = None if initial is None else initial.contiguous()
     dstate = None if dfinal is None else dfinal.contiguous()
     stored = dinitial

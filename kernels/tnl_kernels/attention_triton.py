@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from tnl_kernels.attention_launch import backward, forward, state_forward, zeros
-
-# The kernels read through strides: under Inductor the tensors arrive as they are, without a copy.
-EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
+from tnl_kernels.operators import operator
 
 
 def num_states(k: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -29,7 +27,7 @@ def or_none(x: Tensor) -> Tensor | None:
     return None if x.dim() == 1 else x
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_fwd")
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -51,7 +49,7 @@ def _(q, k, v, slopes, initial_state, cu_seqlens, output_final_state):
     return q.new_empty(v.shape), new_state(k, v.shape[-1], cu_seqlens, output_final_state)
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_bwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_bwd")
 def attention_bwd(
     q: Tensor,
     k: Tensor,
@@ -97,7 +95,7 @@ def _attention_backward(ctx, do, dfinal):
 attention_fwd.register_autograd(_attention_backward, setup_context=_keep)
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_state_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_state_fwd")
 def state_fwd(k: Tensor, v: Tensor, slopes: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The final state [N, H, K, V]."""
     final = new_state(k, v.shape[-1], cu_seqlens, True)
@@ -110,7 +108,7 @@ def _(k, v, slopes, initial_state, cu_seqlens):
     return new_state(k, v.shape[-1], cu_seqlens, True)
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_state_bwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_state_bwd")
 def state_bwd(
     k: Tensor, v: Tensor, dfinal: Tensor, slopes: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl_kernels.operators import in_place_operator
+
 # Logits of a row that a program holds at a time. Two such programs of 16 warps fill a multiprocessor; more rows in
 # flight (of 64,000 bf16 logits each) would outgrow the L2 cache between their two readings.
 TILE_ELEMENTS = 16384
@@ -88,7 +90,7 @@ def launch_cross_entropy(
     return losses
 
 
-@torch.library.custom_op("tnl_kernels::cross_entropy_", mutates_args={"logits"}, tags=(torch.Tag.flexible_layout,))
+@in_place_operator("tnl_kernels::cross_entropy_", mutates_args={"logits"})
 def cross_entropy_op(logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> Tensor:
     """The kernel as an operator of torch."""
     BV = min(TILE_ELEMENTS, triton.next_power_of_2(logits.shape[1]))

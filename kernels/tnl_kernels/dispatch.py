@@ -39,6 +39,7 @@ def _log(device_type: str, is_fp64: bool, name: str) -> None:
     logger.info("ops on %s%s tensors use the %s forms", device_type, " fp64" if is_fp64 else "", name)
 
 
-def dispatch(tensor: torch.Tensor, **forms: Callable) -> Callable:
-    """The one of ``forms`` (form name -> function) that ``tensor``'s device and dtype choose."""
-    return forms[form_of(tensor.device.type, tensor.dtype)]
+def dispatch(*tensors: torch.Tensor, **forms: Callable) -> Callable:
+    """The one of ``forms`` (form name -> function) that the tensors' device and widest dtype choose."""
+    is_fp64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return forms[form_of(tensors[0].device.type, torch.float64 if is_fp64 else tensors[0].dtype)]

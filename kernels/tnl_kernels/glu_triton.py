@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl_kernels.operators import operator
 from tnl_kernels.rows import as_rows, column_tile
 
 # 4 warps: 16 elements a thread, two loads of 16 bytes of each 2-byte input.
@@ -83,7 +84,7 @@ def launch_tiles(kernel, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         )
 
 
-@torch.library.custom_op("tnl_kernels::sglu_fwd", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+@operator("tnl_kernels::sglu_fwd")
 def sglu_fwd(a: Tensor, b: Tensor) -> Tensor:
     """a * b, [..., D] in the dtype of a."""
     y = a.new_empty(a.shape)
@@ -96,7 +97,7 @@ def _(a, b):
     return a.new_empty(a.shape)
 
 
-@torch.library.custom_op("tnl_kernels::sglu_bwd", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+@operator("tnl_kernels::sglu_bwd")
 def sglu_bwd(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """da = dy b and db = dy a, [..., D]."""
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)

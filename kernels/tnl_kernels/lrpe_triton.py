@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl_kernels.operators import operator
 from tnl_kernels.rows import column_tile
 
 TURNS_PER_RADIAN = tl.constexpr(1 / (2 * math.pi))
@@ -156,7 +157,7 @@ def position_rows(positions: Tensor, B: int, T: int) -> Tensor:
     return positions.contiguous().expand(B, T)
 
 
-@torch.library.custom_op("tnl_kernels::lrpe_fwd", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+@operator("tnl_kernels::lrpe_fwd")
 def lrpe_fwd(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     """[B, T, H, 2K] in the dtype of x."""
     B, T, H, K = x.shape
@@ -191,7 +192,7 @@ def _(x, theta, positions):
     return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
 
 
-@torch.library.custom_op("tnl_kernels::lrpe_bwd", mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+@operator("tnl_kernels::lrpe_bwd")
 def lrpe_bwd(dout: Tensor, x: Tensor, theta: Tensor, positions: Tensor, needs_dtheta: bool) -> tuple[Tensor, Tensor]:
     """dx [B, T, H, K] and dtheta [H, 1, K], which is [0] where it is not needed."""
     B, T, H, K = x.shape

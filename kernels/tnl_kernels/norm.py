@@ -116,8 +116,7 @@ def add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Ten
     check_devices(x.device, residual=residual)
     check_shape("residual", residual, tuple(x.shape), "the shape of x")
     on_cuda = torch_add_srmsnorm if torch.compiler.is_compiling() else triton_add_srmsnorm
-    widest = residual if residual.dtype == torch.float64 else x
-    return dispatch(widest, torch=torch_add_srmsnorm, triton=on_cuda)(x, residual, eps=eps)
+    return dispatch(x, residual, torch=torch_add_srmsnorm, triton=on_cuda)(x, residual, eps=eps)
 
 
 def gated_srmsnorm(o: Tensor, u: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl_kernels.operators import operator
 from tnl_kernels.rows import as_rows, row_tile
-
-# The kernels read through strides: under Inductor the tensors arrive as they are, without a copy.
-EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
 
 
 @triton.jit
@@ -156,7 +154,7 @@ def launch_rows(kernel, inputs: list[Tensor], outputs: list[Tensor], eps: float,
         kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](*rows, *outputs, num_rows, *strides, eps, D=D, **tile, **flags)
 
 
-@torch.library.custom_op("tnl_kernels::srmsnorm_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::srmsnorm_fwd")
 def srmsnorm_fwd(x: Tensor, eps: float) -> Tensor:
     """y [..., D] in the dtype of x."""
     y = x.new_empty(x.shape)
@@ -169,7 +167,7 @@ def _(x, eps):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("tnl_kernels::srmsnorm_bwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::srmsnorm_bwd")
 def srmsnorm_bwd(dy: Tensor, x: Tensor, dsum: Tensor | None, eps: float) -> Tensor:
     """dx [..., D] in the dtype of x; ``dsum`` [..., D] is added to it before it is rounded."""
     dx = x.new_empty(x.shape)
@@ -195,7 +193,7 @@ def _srmsnorm_backward(ctx, dy):
 srmsnorm_fwd.register_autograd(_srmsnorm_backward, setup_context=_keep_input)
 
 
-@torch.library.custom_op("tnl_kernels::add_srmsnorm_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::add_srmsnorm_fwd")
 def add_srmsnorm_fwd(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., D] in the dtype of x, and residual + x [..., D] in the dtype of residual."""
     y, total = x.new_empty(x.shape), residual.new_empty(residual.shape)
@@ -227,7 +225,7 @@ def _add_srmsnorm_backward(ctx, dy, dsum):
 add_srmsnorm_fwd.register_autograd(_add_srmsnorm_backward, setup_context=_keep_sum)
 
 
-@torch.library.custom_op("tnl_kernels::gated_srmsnorm_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::gated_srmsnorm_fwd")
 def gated_srmsnorm_fwd(o: Tensor, u: Tensor, eps: float) -> Tensor:
     """y [..., D] in the dtype of o."""
     y = o.new_empty(o.shape)
@@ -240,7 +238,7 @@ def _(o, u, eps):
     return o.new_empty(o.shape)
 
 
-@torch.library.custom_op("tnl_kernels::gated_srmsnorm_bwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::gated_srmsnorm_bwd")
 def gated_srmsnorm_bwd(dy: Tensor, o: Tensor, u: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """do and du, [..., D] in the dtypes of o and u."""
     do, du = o.new_empty(o.shape), u.new_empty(u.shape)

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tnl_kernels.attention_launch import backward, forward, zeros
-from tnl_kernels.attention_triton import EXACT_STRIDES, new_state, or_none
+from tnl_kernels.attention_triton import new_state, or_none
+from tnl_kernels.operators import operator
 
 
 def parts(qkvu: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -13,7 +14,7 @@ def parts(qkvu: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkvu.unflatten(-1, (4, num_heads, -1)).unbind(2)
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_packed_fwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_packed_fwd")
 def packed_fwd(
     qkvu: Tensor,
     slopes: Tensor,
@@ -37,7 +38,7 @@ def _(qkvu, slopes, num_heads, silu, initial_state, cu_seqlens, output_final_sta
     return q.new_empty(q.shape), new_state(k, k.shape[-1], cu_seqlens, output_final_state)
 
 
-@torch.library.custom_op("tnl_kernels::lightning_attention_packed_bwd", mutates_args=(), tags=EXACT_STRIDES)
+@operator("tnl_kernels::lightning_attention_packed_bwd")
 def packed_bwd(
     qkvu: Tensor,
     do: Tensor | None,

@@ -1,5 +1,6 @@
 """How the elementwise Triton kernels see a tensor: rows of D elements at one distance from each other, cut to tiles."""
 
+import triton
 from torch import Tensor
 
 # Each thread has 32 to 128 bytes of every input in flight: with the programs that fit on a multiprocessor, more than
@@ -8,11 +9,6 @@ ELEMENTS_PER_THREAD = 16
 THREADS_PER_WARP = 32
 # A power of two that 16 elements a thread still hold in one program of 32 warps, twice.
 MAX_ROW = 32768
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -32,7 +28,7 @@ def row_tile(D: int) -> dict[str, int]:
     """
     if D > MAX_ROW:
         raise ValueError(f"last dimension: got {D}, the Triton norms hold a row on chip and take at most {MAX_ROW}")
-    BLOCK_D = next_power_of_2(D)
+    BLOCK_D = triton.next_power_of_2(D)
     ROWS = max(1, 4 * THREADS_PER_WARP * ELEMENTS_PER_THREAD // BLOCK_D)
     num_warps = min(32, ROWS * BLOCK_D // (THREADS_PER_WARP * ELEMENTS_PER_THREAD))
     return {"BLOCK_D": BLOCK_D, "ROWS": ROWS, "num_warps": num_warps}
@@ -40,5 +36,5 @@ def row_tile(D: int) -> dict[str, int]:
 
 def column_tile(D: int, widest: int = 2048) -> int:
     """Columns of a tile where rows may be cut: the power of two that pads D least, the widest of equals."""
-    widths = {min(width, next_power_of_2(D)) for width in (128, 256, 512, 1024, 2048) if width <= widest}
+    widths = {min(width, triton.next_power_of_2(D)) for width in (128, 256, 512, 1024, 2048) if width <= widest}
     return min(widths, key=lambda width: (-(-D // width) * width, -width))

@@ -56,7 +56,7 @@ def sigmoid(b_x):
     """In fp32. On NVIDIA GPUs two approximate instructions, 2e-7 relative.
 
     Assembly, and declared impure, because the compiler would otherwise repeat the work in the layout of every dot that
-    takes the result: a third of the loop's instructions.
+    takes the result: the loop would have three times as many instructions.
     """
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
@@ -203,17 +203,15 @@ def scan(
     tail = length - num_chunks * BT
     first = 0
     if not STORE_O:
-        # What decays to zero before it reaches the state that is asked for need not be read.
+        # A state alone is made from zero; what decays to zero before it reaches that state need not be read.
         reach = tl.minimum(1.0 / tl.maximum(rate, 1e-7) * ZERO_EXPONENT, 2e9).to(tl.int32)
         if REVERSE:
             kept = tl.minimum(num_chunks, tl.cdiv(reach, BT))
             tail = tl.where(kept < num_chunks, 0, tail)
-            b_s *= tl.exp2(-rate * (length - kept * BT - tail))
             num_chunks = kept
         else:
             first = tl.maximum(length - reach, 0) // BT
             first = tl.minimum(first, num_chunks)
-            b_s *= tl.exp2(-rate * (first * BT))
     o_tail = (num_chunks * BT).to(tl.int64)
     if REVERSE:  # noqa: SIM102 - one is known to the compiler, the other not
         if tail > 0:

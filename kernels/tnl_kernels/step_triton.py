@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl_kernels.operators import in_place_operator
+
 # Elements of the state in a program of 4 warps: 8 loads of 16 bytes in flight per thread, and registers for several
 # programs on a multiprocessor, together more than the bytes that its share of the memory bandwidth needs in flight.
 TILE_ELEMENTS = 4096
@@ -133,10 +135,7 @@ def launch_step(
     return o
 
 
-# The kernel takes any strides, so Inductor may lay out its arguments as it likes and never copies one.
-@torch.library.custom_op(
-    "tnl_kernels::lightning_attention_step", mutates_args={"state"}, tags=(torch.Tag.flexible_layout,)
-)
+@in_place_operator("tnl_kernels::lightning_attention_step", mutates_args={"state"})
 def lightning_attention_step_op(
     q: Tensor,
     k: Tensor,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tnl_kernels import cross_entropy_
 from tnl_kernels.checks import check_devices, check_dtype, check_num_dims, check_shape
 from tnl_kernels.dtypes import compute_dtype
-from torch import Tensor
+from torch import Tensor, library
 
 IGNORE_INDEX = -100
 # Logits of this many elements are held at a time: 8 MiB in fp32 stay in a CPU's cache.
@@ -34,7 +34,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None
 
 
 # An operator of its own, so that torch.compile does not look into the loop over the chunks.
-@torch.library.custom_op("tnl::linear_cross_entropy", mutates_args=())
+@library.custom_op("tnl::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, need_dhidden: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
