@@ -17,11 +17,11 @@ import torch
 from background import Background
 from cases import CASES
 from correctness import check_all, describe
-from limits import copy_bandwidth, matmul_rate
 from measure import measure
 from peers import IMPLEMENTATIONS, versions
-from record import environment, save
 from shapes import QUICK, SCALING, TIMED, Shape, select
+from tnl_kernels.limits import copy_bandwidth, matmul_rate
+from tnl_kernels.record import environment, save
 
 # Seconds from the start that the gates, and the processes beside them, may take.
 GATE_S, COMPILE_S = 150.0, 110.0

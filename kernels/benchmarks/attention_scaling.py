@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from record import save
 from tnl_kernels import lightning_attention
 from tnl_kernels.naive import naive_lightning_attention
+from tnl_kernels.record import save
 
 B, H, K = 1, 2, 64
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import save
 from shapes import normal, timed_slopes
 from tnl_kernels import (
     add_srmsnorm,
@@ -25,6 +24,7 @@ from tnl_kernels import (
     sglu,
     srmsnorm,
 )
+from tnl_kernels.record import save
 
 # One row of TNL-1B: 16 heads of 128, a GLU of 5632, 64000 words.
 T, H, K, F, WORDS = 2048, 16, 128, 5632, 64000

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from cases import CASES, Case
-from record import save
 from reference import attention_reference, relative_error
 from tnl_kernels import lightning_attention, lightning_attention_packed, lightning_attention_state
+from tnl_kernels.record import save
 from torch import Tensor
 
 # Relative RMS error of o, dq, dk, dv and of the states. bf16: the rounding of the output alone is 1.7e-3.

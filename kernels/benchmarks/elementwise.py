@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from limits import copy_bandwidth
-from record import environment, save
 from tnl_kernels.glu import torch_sglu
 from tnl_kernels.glu_triton import triton_sglu
+from tnl_kernels.limits import copy_bandwidth
 from tnl_kernels.lrpe import torch_lrpe
 from tnl_kernels.lrpe_triton import triton_lrpe
 from tnl_kernels.naive import naive_add_srmsnorm, naive_gated_srmsnorm, naive_lrpe, naive_sglu, naive_srmsnorm
 from tnl_kernels.norm import torch_add_srmsnorm, torch_gated_srmsnorm, torch_srmsnorm
 from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+from tnl_kernels.record import environment, save
 
 OPS = {
     "srmsnorm": (naive_srmsnorm, torch_srmsnorm, triton_srmsnorm),

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from limits import copy_bandwidth, median_ms
-from record import environment, save
 from tnl_kernels.cross_entropy_triton import LOGITS_PER_WARP, TILE_ELEMENTS, launch_cross_entropy
+from tnl_kernels.limits import copy_bandwidth, median_ms
+from tnl_kernels.record import environment, save
 from torch import Tensor
 
 import tnl.model.loss

@@ -1,10 +1,10 @@
 """Time and peak memory of one implementation at one shape, and how far a linear one is from the fp64 definition."""
 
 import torch
-from limits import graph_ms, median_ms
 from peers import IMPLEMENTATIONS, Problem, problem
 from reference import attention_reference, relative_error
 from shapes import Shape, timed_slopes
+from tnl_kernels.limits import graph_ms, median_ms
 
 # At this length the outputs and gradients of every linear implementation are compared with the definition.
 CHECKED_T = 1024

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from limits import copy_bandwidth, graph_ms
-from record import environment, save
 from tnl_kernels import lightning_attention_step
+from tnl_kernels.limits import copy_bandwidth, graph_ms
 from tnl_kernels.naive import naive_lightning_attention_step
+from tnl_kernels.record import environment, save
 from tnl_kernels.step import torch_lightning_attention_step
 from tnl_kernels.step_triton import launch_step, step_tile
 
