@@ -6,7 +6,10 @@ from tnl.model.configuration import TransnormerConfig
 def matmul_parameters(config: TransnormerConfig) -> int:
     """Weights that multiply every token: the blocks' linear layers and the output head, not the embedding look-up."""
     D, hidden, F = config.decoder_embed_dim, config.hidden_dim, config.glu_dim
-    return config.decoder_layers * (5 * D * hidden + 3 * D * F) + D * config.vocab_size
+    mixer = 5 * D * hidden
+    if config.gate_dim is not None:
+        mixer = 4 * D * hidden + config.gate_dim * (D + hidden)
+    return config.decoder_layers * (mixer + 3 * D * F) + D * config.vocab_size
 
 
 def num_parameters(config: TransnormerConfig) -> int:

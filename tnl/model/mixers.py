@@ -1,44 +1,23 @@
-"""The two halves of a TNL block: gated lightning attention over time, and the gated linear unit over channels."""
+"""The parts of a TNL block: two kinds of gated lightning attention over time, a gated linear unit over channels."""
 
 import torch
 import torch.nn.functional as F
-from tnl_kernels import (
-    gated_srmsnorm,
-    lightning_attention,
-    lightning_attention_packed,
-    lightning_attention_step,
-    lrpe,
-    sglu,
-)
+from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.decay import decay_slopes, slopes_tensor
+from tnl.model.decay import slopes_tensor
+from tnl.model.gated_attention import GatedAttention, gated_norm, is_step
 
 
-class Lrpe(nn.Module):
-    """Learnable rotary encoding: ``[x cos(theta p), x sin(theta p)]``, twice the width (arXiv 2307.14995, LRPE)."""
-
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim))
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H, K], positions int64 [T] or [B, T] -> [B, T, H, 2K]."""
-        return lrpe(x, self.theta, positions)
-
-
-class TokenMixer(nn.Module):
-    """Gated linear attention: ``W_o(u * srms(lightning_attention(act(q), act(k), v)))``."""
+class TokenMixer(GatedAttention):
+    """The mixer of TransNormerLLM and TransNormerLLM2: ``W_o(u * norm(lightning_attention(act(q), act(k), v)))``."""
 
     def __init__(self, config: TransnormerConfig, layer: int):
-        super().__init__()
-        self.num_heads, self.head_dim = config.decoder_attention_heads, config.head_dim
-        self.activation = None if config.linear_act_fun == "none" else "silu"
-        self.slopes = decay_slopes(config.decay, self.num_heads, layer, config.decoder_layers)
+        super().__init__(config, layer)
         self.qkvu_proj = nn.Linear(config.decoder_embed_dim, 4 * config.hidden_dim, bias=False)
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
-        self.lrpe = Lrpe(self.num_heads, self.head_dim) if config.uses_lrpe(layer) else None
+        self.lrpe = self.new_lrpe(config, layer)
 
     def forward(
         self,
@@ -49,14 +28,11 @@ class TokenMixer(nn.Module):
         output_final_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
-        T = x.shape[1]
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
-        slopes = slopes_tensor(self.slopes, x.device)
-        one_step = T == 1 and cu_seqlens is None and initial_state is not None and not torch.is_grad_enabled()
-        if self.lrpe is None and not one_step:
+        if self.lrpe is None and not is_step(x, cu_seqlens, initial_state):
             o, u, state = lightning_attention_packed(
                 qkvu,
-                slopes,
+                slopes_tensor(self.slopes, x.device),
                 num_heads=self.num_heads,
                 activation=self.activation,
                 initial_state=initial_state,
@@ -66,24 +42,55 @@ class TokenMixer(nn.Module):
         else:
             q, k, v, u = qkvu.chunk(4, dim=-1)
             q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
-            if self.lrpe is not None:
-                q, k = (F.silu(q), F.silu(k)) if self.activation else (q, k)
-                q, k = self.lrpe(q, positions), self.lrpe(k, positions)  # [B, T, H, 2K]
-            if one_step:
-                activation = self.activation if self.lrpe is None else None
-                o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
-                o, state = o.unsqueeze(1), initial_state
-            else:
-                o, state = lightning_attention(
-                    q,
-                    k,
-                    v,
-                    slopes,
-                    initial_state=initial_state,
-                    output_final_state=output_final_state,
-                    cu_seqlens=cu_seqlens,
-                )
-        return self.out_proj(gated_srmsnorm(o.flatten(2), u)), state
+            o, state = self.attend(
+                q,
+                k,
+                v,
+                positions,
+                cu_seqlens,
+                initial_state,
+                output_final_state,
+                activation=self.activation,
+            )
+        return self.out_proj(gated_norm(o.flatten(2), u, self.norm_type)), state
+
+
+class LowRankGateMixer(GatedAttention):
+    """The mixer of TransNormerLLM3: ``W_o(norm(lightning_attention(act(q), act(k), act(v))) * sigmoid(G1(G0(x))))``.
+
+    Nothing stands between G0 [gate_dim, D] and G1 [H * K, gate_dim]: the gate's weight is their product.
+    """
+
+    def __init__(self, config: TransnormerConfig, layer: int):
+        super().__init__(config, layer)
+        self.qkv_proj = nn.Linear(config.decoder_embed_dim, 3 * config.hidden_dim, bias=False)
+        self.output_gate = nn.Sequential(
+            nn.Linear(config.decoder_embed_dim, config.gate_dim, bias=False),
+            nn.Linear(config.gate_dim, config.hidden_dim, bias=False),
+        )
+        self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
+        self.lrpe = self.new_lrpe(config, layer)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        output_final_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+        qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
+        qkv = F.silu(qkv) if self.activation else qkv
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
+        o, state = self.attend(q, k, v, positions, cu_seqlens, initial_state, output_final_state)
+        gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
+        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+
+
+def token_mixer(config: TransnormerConfig, layer: int) -> GatedAttention:
+    """The token mixer that ``config`` asks for: `LowRankGateMixer` where it gives a ``gate_dim``."""
+    return (TokenMixer if config.gate_dim is None else LowRankGateMixer)(config, layer)
 
 
 class ChannelMixer(nn.Module):

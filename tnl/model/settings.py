@@ -19,6 +19,14 @@ class ModelSettings(Settings):
     lrpe_layers: tuple[int, ...] = Field(default=(0,), description="layers with LRPE on q and k")
     decay: Literal["released", "paper", "none"] = Field(default="released", description="decay of the heads")
     activation: Literal["silu", "none"] = Field(default="silu", description="activation of q and k")
+    gate_dim: int | None = Field(
+        default=None,
+        ge=1,
+        description="rank of the output gate; a number selects the token mixer of TransNormerLLM3",
+    )
+    mixer_norm: Literal["simplermsnorm", "layernorm"] = Field(
+        default="simplermsnorm", description="norm of the attention's output under the gate"
+    )
     scale_embedding: bool = Field(default=True, description="multiply embeddings by sqrt(hidden_size)")
     tie_embeddings: bool = Field(default=True, description="share the embedding matrix with the output head")
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
@@ -45,6 +53,8 @@ class ModelSettings(Settings):
             linear_use_lrpe_list=[int(i in self.lrpe_layers) for i in range(self.num_layers)],
             linear_act_fun=self.activation,
             decay=self.decay,
+            gate_dim=self.gate_dim,
+            mixer_norm_type=self.mixer_norm,
             no_scale_embedding=not self.scale_embedding,
             tie_word_embeddings=self.tie_embeddings,
             init_std=self.init_std,

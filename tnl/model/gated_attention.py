@@ -1,0 +1,79 @@
+"""What both token mixers of TNL are made of: lightning attention from a state, and the gated norm behind it."""
+
+import torch
+import torch.nn.functional as F
+from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_step
+from tnl_kernels.dtypes import compute_dtype
+from torch import nn
+
+from tnl.model.configuration import TransnormerConfig
+from tnl.model.decay import decay_slopes, slopes_tensor
+from tnl.model.lrpe import Lrpe
+
+
+def is_step(x: torch.Tensor, cu_seqlens: torch.Tensor | None, initial_state: torch.Tensor | None) -> bool:
+    """Whether ``x`` [B, T, ...] is one token of each sequence, whose state may be updated in place."""
+    return x.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not torch.is_grad_enabled()
+
+
+def gated_norm(o: torch.Tensor, gate: torch.Tensor, norm_type: str) -> torch.Tensor:
+    """``gate * norm(o)`` over the full width (all heads), without a weight, rounded once.
+
+    Args:
+        o, gate: [B, T, H * V] of one dtype.
+        norm_type: ``simplermsnorm`` (eps 1e-6) or ``layernorm`` (eps 1e-5, torch's default).
+    """
+    if norm_type == "simplermsnorm":
+        return gated_srmsnorm(o, gate)
+    normed = F.layer_norm(o.to(compute_dtype(o.dtype)), o.shape[-1:])
+    return (normed * gate).to(o.dtype)
+
+
+class GatedAttention(nn.Module):
+    """The base of a token mixer: its heads, their decay, and attention. A subclass sets ``lrpe``, a module or None."""
+
+    def __init__(self, config: TransnormerConfig, layer: int):
+        super().__init__()
+        self.num_heads, self.head_dim = config.decoder_attention_heads, config.head_dim
+        self.activation = None if config.linear_act_fun == "none" else "silu"
+        self.norm_type = config.mixer_norm_type
+        self.slopes = decay_slopes(config.decay, self.num_heads, layer, config.decoder_layers)
+
+    def new_lrpe(self, config: TransnormerConfig, layer: int) -> Lrpe | None:
+        """The encoding of q and k in this layer, None where it has none."""
+        return Lrpe(self.num_heads, self.head_dim, config.lrpe_phase_dtype) if config.uses_lrpe(layer) else None
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        output_final_state: bool,
+        *,
+        activation: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q, k, v [B, T, H, K] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
+
+        ``activation`` of q and k is applied first, then LRPE. One token continues its state in place.
+        """
+        slopes = slopes_tensor(self.slopes, q.device)
+        step = is_step(q, cu_seqlens, initial_state)
+        if activation is not None and (self.lrpe is not None or not step):
+            q, k, activation = F.silu(q), F.silu(k), None
+        if self.lrpe is not None:
+            q, k = self.lrpe(q, positions), self.lrpe(k, positions)  # [B, T, H, 2K]
+        if step:
+            o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
+            return o.unsqueeze(1), initial_state
+        return lightning_attention(
+            q,
+            k,
+            v,
+            slopes,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
