@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_corpus import tiny_texts
+from tests.tiny_tokenizers import tiny_model
 from tnl.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer, train_tokenizer
 from tnl.data.tokenizer_export import EXPORTED_FILES, export_tokenizer
 from tnl.errors import DataError
@@ -125,7 +126,7 @@ def test_the_export_adds_bos_only_when_asked(model, tmp_path):
 def test_an_export_that_would_differ_is_refused_and_writes_nothing(model, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     (tmp_path / "own.model").write_bytes(model)
-    monkeypatch.setattr("tnl.data.tokenizer_export._merges", lambda mergeable, vocabulary, scores: [])
+    monkeypatch.setattr("tnl.model.sentencepiece_bpe.find_merges", lambda scores, vocabulary: [])
     with pytest.raises(DataError, match="other ids or text than sentencepiece for"):
         export_tokenizer(tmp_path / "own.model", tmp_path, add_bos=True)
     assert [file.name for file in tmp_path.iterdir()] == ["own.model"]
@@ -142,17 +143,15 @@ def test_a_vocabulary_that_does_not_fit_the_corpus_names_one_that_does():
         train_tokenizer(tiny_texts(20), 200)
 
 
-def test_a_model_that_loses_text_or_is_none_is_refused(tmp_path):
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny_texts(50)), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True
-    )
+@pytest.mark.parametrize(
+    "options", [{}, {"remove_extra_whitespaces": True, "dummy_prefix": False}, {"normalization": "nmt_nfkc"}]
+)
+def test_a_model_that_loses_text_is_refused(options):
     with pytest.raises(DataError, match="decoding does not give the text back"):
-        Tokenizer(model.getvalue())
+        Tokenizer(tiny_model(**options))
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(DataError, match=r"x\.model: not a sentencepiece model"):
         Tokenizer.load(tmp_path / "x.model")

@@ -31,8 +31,12 @@ _MAX_LINE_BYTES = 2**16
 _PART_CHARACTERS = 2**18
 _LINE_END = re.compile(r"(?<=[^\n])\n")
 
-# Texts that a lossy model (space stripping, Unicode normalization, no byte fallback) does not give back.
-_LOSSLESS_PROBES = ("  two\tspaces \n\n    end ", "\uff21\u00e9e\u0301 \u4e2d\u6587 \U0001f600\U0010ffff")
+# Texts that a lossy model (space stripping, a prefix, Unicode normalization, no byte fallback) does not give back.
+_LOSSLESS_PROBES = (
+    "  two\tspaces \n\n    end ",
+    f"in{SPACE_MARK}side",
+    "\uff21\u00e9e\u0301 \u4e2d\u6587 \U0001f600\U0010ffff",
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, character_coverage: float = 0.9995) -> bytes:
