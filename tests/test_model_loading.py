@@ -18,6 +18,7 @@ from tnl.model import TransnormerConfig, TransnormerForCausalLM, TransnormerMode
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, LAYERS = 4, 2
+LOW_RANK_GATE = dict(gate_dim=5)  # the token mixer of TransNormerLLM3
 
 
 def expected_theta(num_heads=HEADS, head_dim=8):
@@ -110,7 +111,7 @@ def test_a_released_config_loads_without_its_remote_code_and_tied(saved, editabl
         auto_map={"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"},
         tie_word_embeddings=None,
         decay=None,
-        hidden_act="swish",
+        add_bos_token=False,
     )
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(loaded.config, "auto_map")
@@ -226,6 +227,7 @@ held = HfDeepSpeedConfig(settings(3))
 for name, model in (
     ("zero.Init, from_config", AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)),
     ("zero.Init, from_pretrained", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)),
+    ("zero.Init, low-rank gate", AutoModelForCausalLM.from_pretrained(f"{folder}/gated", dtype=torch.bfloat16)),
 ):
     results[name] = describe(deepspeed.initialize(model=model, config=settings(3))[0])
 with open(f"{folder}/results.json", "w") as file:
@@ -239,6 +241,7 @@ def deepspeed_routes(tmp_path_factory):
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
     tiny_model().save_pretrained(folder)
+    tiny_model(**LOW_RANK_GATE).save_pretrained(folder / "gated")
     environment = os.environ | {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -256,7 +259,7 @@ def deepspeed_routes(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-ROUTES = ["bf16 engine", "zero.Init, from_config", "zero.Init, from_pretrained"]
+ROUTES = ["bf16 engine", "zero.Init, from_config", "zero.Init, from_pretrained", "zero.Init, low-rank gate"]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -272,10 +275,14 @@ def test_theta_is_that_of_the_formula_under_deepspeed(deepspeed_routes, route):
     assert_close("theta", theta, expected_theta().bfloat16(), 0.0)
 
 
-@pytest.mark.parametrize("route", ["bf16 engine", "zero.Init, from_pretrained"])
-def test_logits_under_deepspeed_equal_those_of_the_model_cast_to_bf16(deepspeed_routes, route):
+@pytest.mark.parametrize(
+    ("route", "values"),
+    [("bf16 engine", {}), ("zero.Init, from_pretrained", {}), ("zero.Init, low-rank gate", LOW_RANK_GATE)],
+    ids=str,
+)
+def test_logits_under_deepspeed_equal_those_of_the_model_cast_to_bf16(deepspeed_routes, route, values):
     logits = torch.tensor(deepspeed_routes[route]["logits"], dtype=torch.bfloat16)
-    assert_close("logits", logits, tiny_model().bfloat16()(torch.arange(3, 33).unsqueeze(0)).logits[0])
+    assert_close("logits", logits, tiny_model(**values).bfloat16()(torch.arange(3, 33).unsqueeze(0)).logits[0])
 
 
 def test_weights_made_under_deepspeed_have_the_configured_deviation(deepspeed_routes):

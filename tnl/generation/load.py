@@ -18,11 +18,11 @@ def load_model(name: str, *, dtype: torch.dtype | None = None):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    import tnl.model
+    from tnl.model import TransnormerConfig
 
     disable_progress_bar()
     config = _load(AutoConfig, name, "config.json")
-    if not isinstance(config, tnl.model.TransnormerConfig):
+    if not isinstance(config, TransnormerConfig):
         raise ConfigError(f"{name}: model_type {config.model_type!r}, expected transnormer")
     model = _load(AutoModelForCausalLM, name, "the weights", dtype=dtype or "auto")
     tokenizer = _load(AutoTokenizer, name, "the tokenizer")
@@ -37,11 +37,11 @@ def _load(loader, name: str, part: str, **options):
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        reason = kind + str(error).strip()
-    if "trust_remote_code" in reason:
+        reason = kind + str(error).strip().removeprefix(f"{name}: ")
+    if "trust_remote_code=True" in reason:
         raise ConfigError(
             f"{name}: {part} cannot be loaded without running code from that folder, which is never done; give a "
-            "folder that tnl export wrote"
+            "folder that tnl export or tnl convert wrote"
         )
     raise ConfigError(
         f"{name}: {part} cannot be loaded: {reason.splitlines()[0]}; correct it, or export or download the model again"

@@ -1,10 +1,16 @@
 """`TransnormerConfig`: the hyper-parameters of a TNL model, under the names of the released checkpoints."""
 
+from dataclasses import fields
+
+import torch
 from transformers import PreTrainedConfig
 
 from tnl.model.decay import DECAYS
+from tnl.model.loading import screened_config
+from tnl.model.lrpe import PHASE_DTYPES
 
 _SIZES = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim")
+MIXER_NORMS = ("simplermsnorm", "layernorm")
 
 
 class TransnormerConfig(PreTrainedConfig):
@@ -19,10 +25,19 @@ class TransnormerConfig(PreTrainedConfig):
         glu_dim: hidden width F of the gated linear unit (alias ``intermediate_size``).
         linear_use_lrpe_list: 1 for each layer that rotates q and k by LRPE, 0 otherwise; shorter lists mean 0 for
             the rest.
-        linear_act_fun: activation of q and k, ``silu`` or its other name ``swish``, or ``none``.
+        linear_act_fun: activation of q and k (with ``gate_dim`` of v, too), ``silu`` or its other name ``swish``, or
+            ``none``.
         decay: ``released`` (what the checkpoints compute), ``paper`` (arXiv 2307.14995 Eq. 10) or ``none``.
         no_scale_embedding: False multiplies the embeddings by sqrt(D).
-        norm_type: ``simplermsnorm``, the only norm of TNL.
+        gate_dim: None for the token mixer of TransNormerLLM and TransNormerLLM2 (``qkvu_proj``: the gate u is a
+            projection of its own). A number for that of TransNormerLLM3 (``qkv_proj``, activation also on v, a sigmoid
+            gate through ``output_gate`` of this rank, 16 in the 15B). It is the presence of this key that selects the
+            mixer; a 15B config.json without it needs ``"gate_dim": 16``.
+        mixer_norm_type: norm of the attention's output under the gate, ``simplermsnorm`` or ``layernorm`` (without
+            weight). What the 15B was trained with is not known for sure; its model card names SRMSNorm.
+        lrpe_phase_dtype: ``float32`` for exact phases; ``activation`` to reproduce the released code, which rounds
+            positions, angles and phases to the dtype of the activations.
+        norm_type: ``simplermsnorm``, the norm between the blocks' parts, the only one of TNL.
         bias: linear layers with bias; the released models have none and neither does this one.
         init_std: standard deviation of the initial weights.
 
@@ -31,6 +46,7 @@ class TransnormerConfig(PreTrainedConfig):
     """
 
     model_type = "transnormer"
+    tokenizer_class = "TransnormerTokenizer"  # for folders whose tokenizer_config.json names none
     attribute_map = {  # noqa: RUF012 - transformers' own declaration
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",
@@ -49,6 +65,9 @@ class TransnormerConfig(PreTrainedConfig):
     linear_use_lrpe_list: list[int] | tuple[int, ...] | None = None
     linear_act_fun: str = "silu"
     decay: str = "released"
+    gate_dim: int | None = None
+    mixer_norm_type: str = "simplermsnorm"
+    lrpe_phase_dtype: str = "float32"
     no_scale_embedding: bool = False
     norm_type: str = "simplermsnorm"
     bias: bool = False
@@ -59,9 +78,34 @@ class TransnormerConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; see `from_dict`."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but the content of a file must be that of a TNL model's.
+
+        Raises:
+            ValueError: a key that would choose code to run, or that nobody knows, named with its file.
+        """
+        file = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
+        known = [field.name for field in fields(cls)] + list(cls.attribute_map)
+        return super().from_dict(screened_config(config_dict, known, file), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in transformers; see `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
     def __post_init__(self, **kwargs):
-        # Checkpoints that name remote code are run with the classes here, and saved without that name.
-        kwargs.pop("auto_map", None)
+        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        # transformers would take any attribute of torch.
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(found, torch.dtype):
+            raise ValueError(f"TransnormerConfig: dtype: {dtype!r} is unknown, use bfloat16, float16 or float32")
         super().__post_init__(**kwargs)
         if self.hidden_dim is None:
             self.hidden_dim = self.decoder_embed_dim
@@ -76,6 +120,16 @@ class TransnormerConfig(PreTrainedConfig):
             )
         if self.norm_type != "simplermsnorm":
             problems.append(f"norm_type: {self.norm_type!r} is unknown, use simplermsnorm")
+        if self.gate_dim is not None and (not isinstance(self.gate_dim, int) or self.gate_dim < 1):
+            problems.append(f"gate_dim: {self.gate_dim!r} must be a whole number of at least 1, or null")
+        if self.mixer_norm_type not in MIXER_NORMS:
+            problems.append(
+                f"mixer_norm_type: {self.mixer_norm_type!r} is unknown, use one of {', '.join(MIXER_NORMS)}"
+            )
+        if self.lrpe_phase_dtype not in PHASE_DTYPES:
+            problems.append(
+                f"lrpe_phase_dtype: {self.lrpe_phase_dtype!r} is unknown, use one of {', '.join(PHASE_DTYPES)}"
+            )
         if self.linear_act_fun not in ("silu", "swish", "none"):
             problems.append(f"linear_act_fun: {self.linear_act_fun!r} is unknown, use silu, swish or none")
         if self.decay not in DECAYS:

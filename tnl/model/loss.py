@@ -142,3 +142,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
         hidden, weight, labels, dtype, is_trained and hidden.requires_grad, is_trained and weight.requires_grad
     )
     return loss, (labels != IGNORE_INDEX).sum()
+
+
+def cross_entropy_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same loss sum and count, of logits [..., vocabulary] that exist as a whole, and labels int64 [...]."""
+    wide = logits.flatten(0, -2).to(compute_dtype(logits.dtype))
+    loss = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss, (labels != IGNORE_INDEX).sum()

@@ -1,41 +1,24 @@
 """TransNormerLLM as transformers classes, with the released checkpoints' parameter names."""
 
-from dataclasses import dataclass
+import pickle
 
 import torch
 from tnl_kernels import add_srmsnorm, srmsnorm
 from tnl_kernels.checks import check_cu_seqlens
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.loss import IGNORE_INDEX, linear_cross_entropy
-from tnl.model.mixers import ChannelMixer, Lrpe, TokenMixer
+from tnl.model.decoding import TransnormerGenerationMixin
+from tnl.model.loading import check_index_files, weight_problems
+from tnl.model.loss import IGNORE_INDEX, cross_entropy_of_logits, linear_cross_entropy
+from tnl.model.lrpe import Lrpe
+from tnl.model.mixers import ChannelMixer, token_mixer
+from tnl.model.output import TransnormerCausalLMOutput
 from tnl.model.state import TransnormerState
-
-
-@dataclass
-class TransnormerCausalLMOutput(ModelOutput):
-    """Output of `TransnormerForCausalLM`.
-
-    Attributes:
-        loss: mean loss per labelled token in nats, 0 when no token is labelled.
-        loss_sum: its sum, fp32 scalar; ranks and micro-batches add up `loss_sum` and `num_tokens` to weight every
-            token equally.
-        num_tokens: number of labelled tokens, int64 scalar.
-        logits: [B, T, vocabulary]; None when labels were given, unless ``output_logits``.
-        past_key_values: the `TransnormerState` after these tokens, when asked for.
-    """
-
-    loss: torch.Tensor | None = None
-    loss_sum: torch.Tensor | None = None
-    num_tokens: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: TransnormerState | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class TransnormerDecoderLayer(GradientCheckpointingLayer):
@@ -43,7 +26,7 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TransnormerConfig, layer: int):
         super().__init__()
-        self.token_mixer = TokenMixer(config, layer)
+        self.token_mixer = token_mixer(config, layer)
         self.channel_mixer = ChannelMixer(config)
 
     def forward(self, x, positions, cu_seqlens, initial_state, output_final_state):
@@ -61,6 +44,8 @@ class TransnormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransnormerDecoderLayer"]  # noqa: RUF012 - transformers' own declaration
     _is_stateful = True
+    # What the released classes leave aside, too.
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.version$"]  # noqa: RUF012 - transformers' own declaration
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -78,22 +63,38 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             module.theta.copy_(theta.view(num_heads, 1, head_dim))
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but the weights must be complete.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but the weights must be exactly those of the model, and finite.
 
         Raises:
-            ValueError: the checkpoint lacks a parameter of the model, or has one that the model has not.
+            ValueError: the checkpoint lacks a parameter of the model, or has one that the model has not, or of another
+                shape (unless ``ignore_mismatched_sizes``), or a value that is not finite; its index names files outside
+                its folder; a pickled file holds more than tensors.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = [
-            f"{kind}: {', '.join(sorted(info[key]))}"
-            for kind, key in (("missing", "missing_keys"), ("not of this model", "unexpected_keys"))
-            if info[key]
-        ]
-        if problems:
-            raise ValueError(
-                f"{model.config.name_or_path}: weights do not fit the configuration; {'; '.join(problems)}"
+        name = pretrained_model_name_or_path
+        if name is not None:
+            places = {key: kwargs[key] for key in ("subfolder", "cache_dir", "revision") if key in kwargs}
+            check_index_files(str(name), **places)
+        try:
+            # Other shapes are refused below: transformers would not name them in its error.
+            model, info = super().from_pretrained(
+                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{name}: a pickled file holds more than tensors, which unpickling would run as code, so nothing of it "
+                "was loaded; get the checkpoint from its authors, as safetensors if they have it"
+            ) from error
+        problems = weight_problems(model, info, ignore_mismatched_sizes)
+        if problems:
+            raise ValueError(f"{name}: weights do not fit the configuration; {'; '.join(problems)}")
         return (model, info) if output_loading_info else model
 
 
@@ -101,7 +102,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
     """Embedding, blocks and the final SRMSNorm."""
 
     # The output head in the checkpoint of a `TransnormerForCausalLM`.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012 - transformers' own declaration
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$", r"decoder\.version$"]  # noqa: RUF012 - see above
 
     def __init__(self, config: TransnormerConfig):
         super().__init__(config)
@@ -189,6 +190,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x)
             x, final = layer(x, positions, cu_seqlens, None if state is None else state.layer(i), state is not None)
+            if start is not None:
+                state.layers[i] = final  # at once: otherwise the states of all layers would be there twice
             finals.append(final)
         x = srmsnorm(x)
         if state is not None:
@@ -227,10 +230,13 @@ class LanguageModelHead(nn.Linear):
         tokens)."""
         if labels is None:
             return super().forward(hidden)
+        if is_traceable_wrapper_subclass(self.weight):
+            # A quantised weight knows its matmul and no other operation.
+            return cross_entropy_of_logits(super().forward(hidden), labels)
         return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten())
 
 
-class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
+class TransnormerForCausalLM(TransnormerGenerationMixin, TransnormerPreTrainedModel):
     """The language model: `TransnormerModel` and a head tied to the embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own declaration
@@ -250,15 +256,6 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         self.lm_head.weight = new_embeddings.weight
         self.lm_head.out_features = len(new_embeddings.weight)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = TransnormerState()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -266,7 +263,6 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         past_key_values: TransnormerState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -292,6 +288,9 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: both kinds of labels given.
         """
+        # Not a parameter by name: the Trainer wants a batch to hold every parameter with "label" in its name, or it
+        # evaluates without a loss.
+        shift_labels = kwargs.get("shift_labels")
         if labels is not None and shift_labels is not None:
             raise ValueError("give labels or shift_labels, not both")
         output = self.model(
@@ -309,7 +308,11 @@ class TransnormerForCausalLM(TransnormerPreTrainedModel, GenerationMixin):
             shift_labels = torch.full_like(labels, IGNORE_INDEX)
             shift_labels[:, :-1] = labels[:, 1:]
         if shift_labels is not None:
-            loss_sum, num_tokens = self.lm_head(hidden, shift_labels)
+            if isinstance(self.lm_head, LanguageModelHead):
+                loss_sum, num_tokens = self.lm_head(hidden, shift_labels)
+            else:
+                # An adapter or a quantised layer stands in its place, which makes logits and no loss.
+                loss_sum, num_tokens = cross_entropy_of_logits(self.lm_head(hidden), shift_labels)
             loss = loss_sum / (num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if shift_labels is None or output_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

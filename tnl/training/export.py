@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
-from tnl.errors import CannotWriteError, CheckpointError, ConfigError
-from tnl.files import sha256_of
+from tnl.errors import CheckpointError, ConfigError
+from tnl.files import new_folder, sha256_of
 from tnl.training.commit import MANIFEST, CheckpointStore
 from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, load_run_settings
 
@@ -47,20 +46,8 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
     if step is None:
         raise CheckpointError(f"{run}: no checkpoint yet; let the run reach checkpoint.every steps")
     weights = _consolidate(store.path(step))
-    scratch = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.tmp-", dir=destination.parent))
-        scratch.chmod(0o755)
+    with new_folder(destination) as scratch:
         _write(run, weights, scratch)
-        os.rename(scratch, destination)
-    except OSError as error:
-        raise CannotWriteError(
-            f"{destination}: {error.strerror or error}; free some space or choose another folder"
-        ) from None
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
     return destination
 
 
