@@ -1,12 +1,17 @@
 """`TransnormerState`: continuing from it equals reading everything at once, and nothing is remembered elsewhere."""
 
+import re
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.closeness import assert_close
 from tests.tiny_model import random_ids, tiny_model
 from tnl.model import TransnormerState
+from tnl.model.state import _checksum, state_bytes
 
 
 def read(model, ids, **inputs):
@@ -86,6 +91,7 @@ def test_the_size_does_not_grow_with_the_length():
     short = read(model, random_ids(2, 1)).num_bytes()
     # Layer 0 has LRPE: its keys are twice as wide.
     assert short == read(model, random_ids(2, 150)).num_bytes() == 4 * 2 * 4 * 8 * (16 + 8)
+    assert short == state_bytes(model.config, 2)
 
 
 def test_an_empty_state_has_no_size():
@@ -138,6 +144,24 @@ def test_reordering_picks_sequences():
     assert state.positions.tolist() == [9, 5, 5, 9]
     for a, b in zip(state.layers, before.layers, strict=True):
         assert torch.equal(a, b[[2, 1, 1, 0]])
+
+
+def storage(state):
+    return [tensor.data_ptr() for tensor in (*state.layers, state.positions)]
+
+
+def test_steps_and_reordering_keep_the_storage():
+    # A captured CUDA graph holds the addresses.
+    model = tiny_model()
+    state = read(model, random_ids(3, 9))
+    before, rows = storage(state), state.fork()
+    state.reorder_cache(torch.tensor([2, 0, 0]))
+    for a, b in zip(state.layers, rows.layers, strict=True):
+        assert torch.equal(a, b[[2, 0, 0]])
+    with torch.no_grad():
+        model(random_ids(3, 1), past_key_values=state)
+    assert state.positions.tolist() == [10] * 3
+    assert storage(state) == before
 
 
 def test_repeating_puts_copies_side_by_side():
@@ -193,10 +217,11 @@ def test_a_state_of_a_deeper_model_is_refused():
 def test_a_saved_state_continues_as_the_original(tmp_path):
     model, ids = tiny_model(), random_ids(2, 9)
     state = read(model, ids)
-    state.save(tmp_path / "state.safetensors")
-    loaded = TransnormerState.load(tmp_path / "state.safetensors")
+    state.notes["text"] = "\u4e2d"
+    state.save(tmp_path / "state.safetensors", model)
+    loaded = TransnormerState.load(tmp_path / "state.safetensors", model)
     assert_equal_states(loaded, state, 0.0)
-    assert loaded.length == 9
+    assert (loaded.length, loaded.notes) == (9, state.notes)
     following = random_ids(2, 1, seed=1)
     with torch.no_grad():
         logits = [model(following, past_key_values=s).logits for s in (state, loaded)]
@@ -205,27 +230,101 @@ def test_a_saved_state_continues_as_the_original(tmp_path):
 
 def test_an_empty_state_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="run the model on some tokens first"):
-        TransnormerState().save(tmp_path / "state.safetensors")
+        TransnormerState().save(tmp_path / "state.safetensors", tiny_model())
 
 
-def test_loading_other_tensors_is_refused(tmp_path):
-    save_file({"layers.0": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors: not a saved TransnormerState"):
-        TransnormerState.load(tmp_path / "other.safetensors")
+def test_a_state_loads_into_a_copy_of_its_model_in_another_dtype(saved):
+    _, file = saved
+    assert TransnormerState.load(file, tiny_model().bfloat16()).layers[0].dtype == torch.float32
 
 
-def test_loading_a_file_that_is_no_safetensors_is_refused(tmp_path):
-    (tmp_path / "state.txt").write_text("nothing of the kind")
-    with pytest.raises(ValueError, match=r"state\.txt: not a saved TransnormerState"):
-        TransnormerState.load(tmp_path / "state.txt")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model and a file of its state."""
+    model, file = tiny_model(), tmp_path_factory.mktemp("state") / "state.safetensors"
+    read(model, random_ids(1, 5)).save(file, model)
+    return model, file
 
 
-def test_loading_a_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "state.safetensors"
-    read(tiny_model(), random_ids(1, 5)).save(path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a saved TransnormerState"):
-        TransnormerState.load(path)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "the state of a model with other weights"),
+        ({"decoder_layers": 3}, "the state of another model (decoder_layers 2 there, 3 here)"),
+        ({"decay": "paper"}, "the state of another model (decay 'released' there, 'paper' here)"),
+        ({"no_scale_embedding": False}, "the state of another model (no_scale_embedding True there, False here)"),
+    ],
+    ids=str,
+)
+def test_the_state_of_another_model_is_refused(saved, other, message):
+    with pytest.raises(ValueError, match=re.escape(f"{saved[1]}: {message}")):
+        TransnormerState.load(saved[1], tiny_model(**other))
+
+
+def test_the_state_of_a_model_trained_further_is_refused(saved):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].channel_mixer.l3.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="other weights"):
+        TransnormerState.load(saved[1], model)
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def one_bit_off(file):
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def rewritten(**tensors):
+    """Replace tensors; None removes."""
+
+    def damage(file):
+        with safe_open(file, "pt") as old:
+            metadata = old.metadata()
+        kept = {name: t for name, t in (load_file(file) | tensors).items() if t is not None}
+        metadata["checksum"] = _checksum(kept, {k: v for k, v in metadata.items() if k != "checksum"})
+        save_file(kept, file, metadata)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_text("nothing of the kind"), "not a saved TransnormerState"),
+        (lambda file: file.write_bytes(b""), "not a saved TransnormerState"),
+        (lambda file: save_file({"layers.0": torch.zeros(1)}, file), "not a saved TransnormerState (format None"),
+        (lambda file: save_file({}, file, {"format": "transnormer_state_v1"}), "(format 'transnormer_state_v1'"),
+        (truncated, "not a saved TransnormerState, or damaged"),
+        (one_bit_off, "damaged, its content does not have its checksum"),
+        (rewritten(positions=None), "its tensors are not those of a state of this model"),
+        (rewritten(positions=torch.zeros(1)), "its tensors are not those of a state of this model"),
+        (rewritten(**{"layers.1": None}), "its tensors are not those of a state of this model"),
+        (rewritten(**{"layers.1": torch.zeros(1, 4, 8, 9)}), "its tensors are not those of a state of this model"),
+        (rewritten(**{"layers.1": torch.zeros(1, 4, 8, 8).bfloat16()}), "its tensors are not those of a state"),
+        (rewritten(**{"layers.2": torch.zeros(1, 4, 8, 8)}), "its tensors are not those of a state of this model"),
+    ],
+)
+def test_a_damaged_file_is_refused(saved, tmp_path, damage, message):
+    file = tmp_path / "state.safetensors"
+    shutil.copyfile(saved[1], file)
+    damage(file)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        TransnormerState.load(file, saved[0])
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_file(saved, tmp_path):
+    model, file = saved
+    before = file.read_bytes()
+    (file.parent / "state.safetensors.tmp").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        read(model, random_ids(1, 6)).save(file, model)
+    assert file.read_bytes() == before
 
 
 def gradient_of_first_piece(model, ids, detach):

@@ -1,79 +1,138 @@
 """Continuing a prompt: prefill once, then one recurrent step per token."""
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import StoppingCriteriaList
 
-from tnl.errors import ConfigError
+from tnl.errors import CheckpointError, ConfigError
+from tnl.generation.options import GenerationOptions, check_text
+from tnl.generation.text_stream import TextStream
+from tnl.model.state import TransnormerState
+
+# Key of a saved state's notes: ids, as JSON, that belong to its text and that the model has not read.
+UNREAD = "unread"
 
 
-def check_request(prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """Refuse what `generate_text` cannot do, before a model is loaded for it.
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens that were generated, and their text without special tokens.
+
+    Attributes:
+        stopped: whether a text to stop at ended it; that one is in ``ids`` and not in ``text``.
+    """
+
+    ids: list[int]
+    text: str
+    stopped: bool
+
+
+def prompt_ids(tokenizer, prompt: str, unread: list[int] | None = None) -> list[int]:
+    """Ids of a prompt; of one that continues a state, behind the ids which that has not read.
 
     Raises:
-        ConfigError: a value out of range, or a prompt that is no text.
+        ConfigError: no text, or no tokens.
     """
-    for name, value, ok, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not ok:
-            raise ConfigError(f"{name}: must be {allowed}, got {value}")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
-        raise ConfigError(f"prompt: is not UTF-8 text at character {error.start}; give it in UTF-8") from None
+    check_text("prompt", prompt)
+    ids = list(tokenizer(prompt).input_ids if unread is None else tokenizer(prompt, add_special_tokens=False).input_ids)
+    ids = (unread or []) + ids
+    if not ids:
+        raise ConfigError("prompt: is empty, and this tokenizer adds no beginning-of-text token; give some text")
+    return ids
+
+
+def read_ids(model, ids: list[int], state: TransnormerState) -> None:
+    """Let ``state`` read ``ids``, in constant memory."""
+    if ids:
+        # The token that this makes is not read.
+        _generate(model, ids, state, max_new_tokens=1, do_sample=False)
+
+
+def continue_text(
+    model,
+    tokenizer,
+    ids: list[int],
+    state: TransnormerState,
+    options: GenerationOptions,
+    on_text: Callable[[str], None] = lambda text: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Continuation:
+    """Read ``ids`` behind what ``state`` has read, and generate.
+
+    Args:
+        state: of one sequence. Afterwards it has read ``ids`` and all generated tokens but the last; with beams it
+            stays as it was.
+        on_text: called with each piece of text as soon as it is complete.
+        interrupted: asked after each token whether to stop.
+    """
+    pieces: list[str] = []
+
+    def give_out(text: str) -> None:
+        pieces.append(text)
+        on_text(text)
+
+    stream = TextStream(tokenizer, len(ids), give_out, options.stop, interrupted)
+    if options.num_beams > 1:
+        state = state.fork()
+        state.batch_repeat_interleave(options.num_beams)
+    # A generation does not disturb, or depend on, the random state of its caller.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(options.seed)
+        new = _generate(
+            model,
+            ids,
+            state,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([stream] if options.num_beams == 1 else []),
+            **options.arguments(),
+        )
+    if options.num_beams > 1:
+        for i in range(len(ids), len(ids) + len(new)):
+            stream(torch.tensor([(ids + new)[: i + 1]]), None)
+    stream.finish()
+    return Continuation(new, "".join(pieces), stream.stopped)
+
+
+def _generate(model, ids: list[int], state: TransnormerState, **arguments) -> list[int]:
+    """Ids that ``model.generate`` puts behind ``ids``."""
+    inputs = torch.tensor([ids], device=model.device)
+    mask = torch.ones(1, state.length + len(ids), dtype=torch.int64, device=model.device)
+    output = model.generate(inputs, attention_mask=mask, past_key_values=state, **arguments)
+    return output[0, len(ids) :].tolist()
 
 
 def generate_text(
-    model,
-    tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-    on_text: Callable[[str], None] | None = None,
+    model, tokenizer, prompt: str, *, on_text: Callable[[str], None] = lambda text: None, **options
 ) -> str:
     """The continuation of ``prompt``, without it.
 
     Args:
-        temperature: 0 takes the most likely token at each step.
-        top_k: sample among so many most likely tokens; 0 for all.
-        top_p: sample among the most likely tokens that hold this probability together.
         on_text: called with each piece of text as soon as it is complete.
+        options: see `GenerationOptions`.
 
     Raises:
-        ConfigError: see `check_request`; or a prompt without tokens.
+        ConfigError: see `GenerationOptions` and `prompt_ids`.
     """
-    from transformers import TextStreamer
+    chosen = GenerationOptions(**options)
+    return continue_text(model, tokenizer, prompt_ids(tokenizer, prompt), TransnormerState(), chosen, on_text).text
 
-    check_request(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if ids.shape[1] == 0:
-        raise ConfigError("prompt: is empty, and this tokenizer adds no beginning-of-text token; give some text")
 
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False):
-            if on_text:
-                on_text(text)
+def load_state(file: str | Path, model) -> tuple[TransnormerState, list[int]]:
+    """A saved state of one sequence, and the ids that belong to its text and that it has not read.
 
-    sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
-    # A generation does not disturb, or depend on, the random state of its caller.
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=sampling.pop("do_sample", False),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    Raises:
+        CheckpointError: the file cannot be read as one of this model.
+    """
+    try:
+        state = TransnormerState.load(file, model)
+        unread = json.loads(state.notes.get(UNREAD, "[]"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}; give a file that --save-state wrote") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if len(state.positions) != 1:
+        raise CheckpointError(f"{file}: holds {len(state.positions)} sequences; save the state of one")
+    return state, unread
