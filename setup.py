@@ -43,7 +43,17 @@ setup(
         "eval": ["lm-eval>=0.4.12"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
-        "dev": ["accelerate", "pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77"],
+        "quant": ["bitsandbytes>=0.50", "torchao>=0.18"],
+        "dev": [
+            "accelerate",
+            "hypothesis",
+            "peft>=0.20",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "setuptools>=77",
+            "torchao>=0.18",
+        ],
     },
     entry_points={"console_scripts": ["tnl = tnl.cli:main"]},
 )
