@@ -7,7 +7,7 @@ import errno
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a LLaMA of equal size.")
+app.add_typer(bench_app, name="bench")
 
 # What a disk or its owner answers; anything else is a defect of ours.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
@@ -34,6 +36,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, such as train.steps=100.", show_default=False)
 ]
 Model = Annotated[str, typer.Argument(help="Run folder, model folder, or hub name.", metavar="MODEL_OR_RUN")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among tokens that hold this probability together.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -136,38 +142,80 @@ def evaluate(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token at each step.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 for all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Sample among tokens that hold this probability together.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; printed before it is.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue, of any length.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length of the continuation; 0 with --save-state: only read the prompt.")
+    ] = 128,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: Annotated[int, typer.Option(help="Search with so many beams instead of sampling.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    seed: Seed = 0,
+    save_state: Annotated[Path | None, typer.Option(help="Write the state after the prompt to this file.")] = None,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(help="Continue from this state: the prompt, tokenized by itself, follows the text it has read."),
+    ] = None,
 ) -> None:
     """Continue a prompt, printing as it goes.
+
+    The model's state is as large after a book as after a word. Saved, it continues the same prompt again and again,
+    and nothing is read twice.
 
     Examples:
 
         tnl generate runs/quickstart --prompt "def main("
 
         tnl generate runs/quickstart --prompt "import os" --temperature 0 --max-new-tokens 50
+
+        tnl generate my-model --prompt-file book.txt --save-state book.safetensors --max-new-tokens 0
+
+        tnl generate my-model --load-state book.safetensors --prompt "In short," --stop "The end"
     """
-    from tnl.generation.generate import check_request, generate_text
-    from tnl.generation.load import load_model
+    from tnl.generation.command import check_folder_of, read_prompt
+    from tnl.generation.command import generate as run
+    from tnl.generation.options import GenerationOptions
     from tnl.training.export import resolve_model
 
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    check_request(prompt, **options)
-    network, tokenizer = load_model(resolve_model(model))
-    print(prompt, end="", flush=True)
-    generate_text(
-        network,
-        tokenizer,
-        prompt,
-        **options,
-        seed=seed,
-        on_text=lambda text: print(text, end="", flush=True),
-    )
-    print()
+    options = None
+    if max_new_tokens or save_state is None:
+        options = GenerationOptions(
+            max_new_tokens, temperature, top_k, top_p, num_beams=num_beams, seed=seed, stop=tuple(stop or ())
+        )
+    text = read_prompt(prompt, prompt_file, continues=load_state is not None)
+    check_folder_of(save_state)
+    run(resolve_model(model), text, options, echo=prompt is not None, load_from=load_state, save_to=save_state)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="Instruction that stands before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model, one line a turn. It keeps its state between turns and reads only what is new.
+
+    The tokenizer's chat template is used if it has one, otherwise lines that begin with "User:" and "Assistant:". The
+    commands /reset, /save FILE, /load FILE, /help and /exit are no turns. The interrupt key stops an answer.
+
+    Examples:
+
+        tnl chat my-model
+
+        tnl chat my-model --system "Answer in one sentence." --temperature 0
+    """
+    from tnl.generation.chat import chat as run
+    from tnl.generation.options import GenerationOptions
+    from tnl.training.export import resolve_model
+
+    options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed=seed)
+    run(resolve_model(model), options, system)
 
 
 @app.command()
@@ -187,6 +235,32 @@ def export(
     from tnl.training.export import export_run
 
     print(f"wrote {export_run(run, folder, step)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model folder, or file of weights.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[Literal["safetensors", "pickle"], typer.Option(help="What to write.")] = "safetensors",
+    max_shard_size: Annotated[str, typer.Option(help="Larger models are split into files of at most this.")] = "5GB",
+    config: Annotated[Path | None, typer.Option(help="The model's config.json, if it is elsewhere.")] = None,
+) -> None:
+    """Write a checkpoint as safetensors, or back as pickles, and compare every tensor with the original.
+
+    A pickle is read without running code that it may hold. Names as metaseq gives them (decoder.*) are read, too.
+
+    Examples:
+
+        tnl convert TransNormerLLM-7B TransNormerLLM-7B-safe
+
+        tnl convert checkpoint_last.pt my-model --config TransNormerLLM-7B/config.json
+
+        tnl convert my-model for-older-programs --to pickle --max-shard-size 10GB
+    """
+    from tnl.tools.convert import convert as run
+
+    written = run(source, folder, to=to, max_shard_size=max_shard_size, config_file=config)
+    print(f"wrote {written}: every tensor verified")
 
 
 @app.command()
@@ -263,6 +337,83 @@ def doctor(
 
     if not run(device, json_file, report=lambda text: print(text, flush=True)):
         raise typer.Exit(EXIT_MACHINE)
+
+
+BenchModel = Annotated[str, typer.Argument(help="Name in configs/model, or a YAML file; the weights are random.")]
+BenchDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: the GPU if there is one.")]
+BenchJson = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    """The whole numbers of a comma-separated list, in rising order."""
+    from tnl.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
+        raise ConfigError(f"{option}: {text!r} is no list of whole numbers of at least {least}; give for example 1,16")
+    return sorted({int(part) for part in parts})
+
+
+@bench_app.command("generate")
+def bench_generate(
+    model: BenchModel = "tnl-7b",
+    batch: Annotated[str, typer.Option(help="Numbers of sequences; the sweep ends where memory does.")] = (
+        "1,16,64,256,512,768"
+    ),
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=8)] = 1024,
+    context: Annotated[str, typer.Option(help="Prompt lengths at which one sequence is stepped.")] = "1024,131072",
+    positions: Annotated[
+        int, typer.Option(help="Tokens generated in a row to watch the memory; 0 leaves it out.", min=0)
+    ] = 0,
+    baseline: Annotated[bool, typer.Option(help="Also measure a LLaMA of equal size.")] = True,
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Decoding: tokens/s over batch sizes, time per step against the memory's floor, and an equal LLaMA.
+
+    Examples:
+
+        tnl bench generate tnl-7b --json generate.json
+
+        tnl bench generate tnl-tiny --batch 1,4 --prompt-tokens 16 --new-tokens 16 --context 64
+    """
+    batches, contexts = _numbers("--batch", batch, 1), _numbers("--context", context, 1)
+    from tnl.tools.bench_generate import bench_generate as run
+
+    run(
+        model,
+        batches=batches,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        contexts=contexts,
+        positions=positions,
+        baseline=baseline,
+        device=device,
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    model: BenchModel = "tnl-1b",
+    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "32768,131072",
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Time to the first token of long prompts, and that of an equal LLaMA on each backend of PyTorch's attention.
+
+    Examples:
+
+        tnl bench prefill tnl-1b --json prefill.json
+
+        tnl bench prefill tnl-tiny --tokens 1024,4096
+    """
+    lengths = _numbers("--tokens", tokens, 1)
+    from tnl.tools.bench_prefill import bench_prefill as run
+
+    run(model, lengths=lengths, device=device, json_file=json_file, report=lambda text: print(text, flush=True))
 
 
 def main() -> None:

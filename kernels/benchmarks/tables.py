@@ -69,7 +69,7 @@ def table(text: str, results: Path = RESULTS) -> str:
     name, section, filters, columns = read_options(text)
     path = results / f"{name}_h100.json"
     if not path.is_file():
-        raise ValueError(f"table {name}: no {path}; run python kernels/benchmarks/{name}.py --json {path}")
+        raise ValueError(f"table {name}: no {path}; the benchmark writes it with --json")
     result = json.loads(path.read_text(encoding="utf-8"))
     missing = {"gpu", "torch", "triton", "command"} - set(result)
     if missing:
