@@ -303,8 +303,8 @@ def test_bf16_trains_with_fp32_master_weights(shards, straight, tmp_path):
         assert_close(f"bf16 losses at stage {stage}", losses, expected, ratio=1e-2)
 
 
-def test_gradient_checkpointing_does_not_change_the_losses(shards, straight, tmp_path):
-    train(tiny_run(shards, tmp_path / "run", "train.gradient_checkpointing=true"))
+def test_activation_checkpointing_does_not_change_the_losses(shards, straight, tmp_path):
+    train(tiny_run(shards, tmp_path / "run", "train.activation_checkpointing=full"))
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert losses == pytest.approx([row["loss"] for row in rows(straight)], abs=1e-6)
 

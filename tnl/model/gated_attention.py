@@ -1,5 +1,7 @@
 """What both token mixers of TNL are made of: lightning attention from a state, and the gated norm behind it."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_step
@@ -7,8 +9,9 @@ from tnl_kernels.dtypes import compute_dtype
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.decay import decay_slopes, slopes_tensor
+from tnl.model.decay import decay_slopes
 from tnl.model.lrpe import Lrpe
+from tnl.model.sequence_parallel import StateExchange
 
 
 def is_step(x: torch.Tensor, cu_seqlens: torch.Tensor | None, initial_state: torch.Tensor | None) -> bool:
@@ -48,18 +51,19 @@ class GatedAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        slopes: torch.Tensor,
         positions: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
         *,
         activation: str | None = None,
+        exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """q, k, v [B, T, H, K] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
+        """q, k, v [B, T, H, K], slopes fp32 [H] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
 
         ``activation`` of q and k is applied first, then LRPE. One token continues its state in place.
         """
-        slopes = slopes_tensor(self.slopes, q.device)
         step = is_step(q, cu_seqlens, initial_state)
         if activation is not None and (self.lrpe is not None or not step):
             q, k, activation = F.silu(q), F.silu(k), None
@@ -68,12 +72,7 @@ class GatedAttention(nn.Module):
         if step:
             o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
             return o.unsqueeze(1), initial_state
-        return lightning_attention(
-            q,
-            k,
-            v,
-            slopes,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        attend = partial(lightning_attention, q, k, v, slopes, cu_seqlens=cu_seqlens)
+        if exchange is not None:
+            return exchange.attention(attend, q, k, v, slopes, activation=None)
+        return attend(initial_state=initial_state, output_final_state=output_final_state)

@@ -1,13 +1,15 @@
 """The parts of a TNL block: two kinds of gated lightning attention over time, a gated linear unit over channels."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.decay import slopes_tensor
 from tnl.model.gated_attention import GatedAttention, gated_norm, is_step
+from tnl.model.sequence_parallel import StateExchange
 
 
 class TokenMixer(GatedAttention):
@@ -22,23 +24,29 @@ class TokenMixer(GatedAttention):
     def forward(
         self,
         x: torch.Tensor,
+        slopes: torch.Tensor,
         positions: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+        """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
         if self.lrpe is None and not is_step(x, cu_seqlens, initial_state):
-            o, u, state = lightning_attention_packed(
+            attend = partial(
+                lightning_attention_packed,
                 qkvu,
-                slopes_tensor(self.slopes, x.device),
+                slopes,
                 num_heads=self.num_heads,
                 activation=self.activation,
-                initial_state=initial_state,
-                output_final_state=output_final_state,
                 cu_seqlens=cu_seqlens,
             )
+            if exchange is None:
+                o, u, state = attend(initial_state=initial_state, output_final_state=output_final_state)
+            else:
+                q, k, v, _ = qkvu.unflatten(-1, (4, self.num_heads, -1)).unbind(2)  # [B, T, H, K]
+                o, u, state = exchange.attention(attend, q, k, v, slopes, self.activation)
         else:
             q, k, v, u = qkvu.chunk(4, dim=-1)
             q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
@@ -46,11 +54,13 @@ class TokenMixer(GatedAttention):
                 q,
                 k,
                 v,
+                slopes,
                 positions,
                 cu_seqlens,
                 initial_state,
                 output_final_state,
                 activation=self.activation,
+                exchange=exchange,
             )
         return self.out_proj(gated_norm(o.flatten(2), u, self.norm_type)), state
 
@@ -74,16 +84,20 @@ class LowRankGateMixer(GatedAttention):
     def forward(
         self,
         x: torch.Tensor,
+        slopes: torch.Tensor,
         positions: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+        """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
         qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
-        o, state = self.attend(q, k, v, positions, cu_seqlens, initial_state, output_final_state)
+        o, state = self.attend(
+            q, k, v, slopes, positions, cu_seqlens, initial_state, output_final_state, exchange=exchange
+        )
         gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
         return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
 

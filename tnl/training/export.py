@@ -54,11 +54,14 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
 def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from tnl.model import TransnormerForCausalLM
+    from tnl.model.kinds import exported_class, model_config
 
     disable_progress_bar()
+    settings = load_run_settings(run)
+    config = model_config(settings.model, settings.train.sequence_length)
+    config.dtype = torch.float32
     with torch.device("meta"):
-        model = TransnormerForCausalLM(load_run_settings(run).model.to_config(dtype="float32"))
+        model = exported_class(config)(config)
     model.to_empty(device="cpu")
     model.tie_weights()
     missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -10,7 +10,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (kept if parameter.ndim < 2 or name.endswith("lrpe.theta") else decayed).append(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a partitioned one without
+            (kept if len(shape) < 2 or name.endswith("lrpe.theta") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

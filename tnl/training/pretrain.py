@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,26 +11,33 @@ from rich.console import Console
 from tnl_kernels.dispatch import form_of
 
 from tnl import config
-from tnl.data.loader import TrainLoader
+from tnl.data.loader import TrainLoader, num_labelled
 from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
 from tnl.data.tokenizer_export import export_tokenizer
 from tnl.errors import EXIT_INTERNAL, EXIT_PREEMPTED, CheckpointError, DataError, NonFiniteError, UserError
 from tnl.evaluation.heldout import heldout_loss
 from tnl.files import write_atomically
-from tnl.model import TransnormerForCausalLM
-from tnl.model.flops import num_parameters, training_flops_per_token
+from tnl.model.kinds import model_class, model_config, num_parameters, training_flops_per_token
+from tnl.model.sequence_parallel import exchanged_bytes
 from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
 from tnl.training.commit import CheckpointStore
-from tnl.training.engine import Ranks, build_engine, deepspeed_config, init_ranks
+from tnl.training.engine import Ranks, build_engine, build_model, deepspeed_config, init_ranks
 from tnl.training.faults import fault_point
 from tnl.training.hardware import peak_flops
+from tnl.training.layer_norms import gradient_norms
 from tnl.training.lock import RunLock
+from tnl.training.mesh import Mesh, build_mesh
 from tnl.training.metrics import MetricsWriter, finite_or_none
+from tnl.training.out_of_memory import out_of_memory_advice
+from tnl.training.profiling import StepProfiler
 from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, check_run_folder, config_hash, move_aside, versions
+from tnl.training.same_start import check_same_start
 from tnl.training.schedule import learning_rate
-from tnl.training.settings import PretrainSettings
+from tnl.training.segments import segment_losses
+from tnl.training.settings import PretrainSettings, TrainSettings
 from tnl.training.status import read_status, write_status
 from tnl.training.stop import StopRequest
+from tnl.training.timing import StepTimer, peak_memory
 
 
 def pretrain(
@@ -49,10 +57,12 @@ def pretrain(
         UserError: see `tnl.errors`; each class has its exit code. On every rank of the run.
     """
     ranks = init_ranks()
+    check_same_start(settings, ranks)
     console = console or Console()
     # What can be refused is refused before the run folder is touched.
     deepspeed_config(settings, ranks.world_size)
-    data = _open_data(settings, ranks)
+    mesh = build_mesh(settings.train, ranks)
+    data = _open_data(settings, mesh)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -66,7 +76,8 @@ def pretrain(
                 problem = error
         ranks.raise_together(problem)
         try:
-            return _run(settings, data, resume, ranks, console, stack)
+            with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
+                return _run(settings, data, resume, ranks, mesh, console, stack)
         except BaseException as error:
             if ranks.is_main:
                 code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
@@ -78,7 +89,7 @@ def pretrain(
             raise
 
 
-def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: Console, stack) -> str:
+def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, mesh: Mesh, console: Console, stack) -> str:
     train, folder = settings.train, settings.output
     shards, heldout, loader = data
     stop = StopRequest(folder)
@@ -96,8 +107,9 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
         return "finished"
 
     torch.manual_seed(settings.seed)
-    model_config = settings.model.to_config()
-    engine = build_engine(settings, TransnormerForCausalLM(model_config), ranks)
+    network = model_config(settings.model, train.sequence_length)
+    model = build_model(lambda: model_class(network)(network), settings, ranks)
+    engine = build_engine(settings, model, ranks)
     if step is not None:
         state, manifest = load_checkpoint(engine, store, step, ranks)
         _check_same_run(manifest, settings, loader, shards, store.path(step))
@@ -122,7 +134,7 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
     if ranks.is_main:
         flops_per_second, source = peak_flops(ranks.device, settings.logging.peak_tflops)
         console.print(
-            f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of "
+            f"{folder}: {num_parameters(network):,} parameters, {train.steps} steps of "
             f"{train.global_batch_size} x {train.sequence_length} tokens, {ranks.world_size} process(es) on "
             f"{ranks.device.type}, {train.precision}, ZeRO {train.zero_stage}"
             + (f", resumed at step {state.step}" if state.step else ""),
@@ -135,20 +147,38 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
             highlight=False,
             soft_wrap=True,
         )
+        if mesh.sequence_size > 1:
+            received = exchanged_bytes(network, train.micro_batch_size, mesh.sequence_size)
+            console.print(
+                f"sequence parallel: {mesh.sequence_size} ranks share a window, "
+                f"{train.sequence_length // mesh.sequence_size} tokens each; a layer receives "
+                f"{max(received) / 2**20:.3f} MiB at most, a forward pass {sum(received) / 2**20:.3f} MiB and a "
+                "backward pass the same, however long the window",
+                highlight=False,
+                soft_wrap=True,
+            )
         metrics = MetricsWriter(
             folder, settings.logging, train.steps, state.step, settings.model_dump(mode="json"), console
         )
         stack.callback(metrics.close)
         write_status(folder, "running", state.step, train.steps)
-    flops_per_token = training_flops_per_token(model_config)
+    flops_per_token = training_flops_per_token(network, train.sequence_length)
     tokens_per_step = train.global_batch_size * train.sequence_length
 
     engine.train()
+    timer = StepTimer(ranks.device)
+    profiler = StepProfiler(folder, settings.logging.profile_steps, ranks.rank)
+    norms_every = settings.logging.layer_norms_every
     started = time.perf_counter()
+    timer.mark("data")
     for micro_batches in loader.steps(state.step, train.steps):
         fault_point("step", step=state.step)
         lr = learning_rate(settings.schedule, settings.optimizer.lr, state.step, train.steps)
-        loss, stopping = _train_step(engine, micro_batches, lr, ranks, stop, state.step)
+        profiler.begin(state.step + 1)
+        with_norms = norms_every and (state.step + 1) % norms_every == 0
+        loss, stopping, norms = _train_step(
+            engine, micro_batches, train, lr, ranks, mesh, stop, state.step, timer, with_norms
+        )
         applied = engine.was_step_applied()
         state.step += 1
         state.tokens += tokens_per_step
@@ -171,8 +201,15 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
                     "mfu": tgs * flops_per_token / flops_per_second if flops_per_second else None,
                     "step_time_s": elapsed,
                     "skipped": not applied,
+                    **timer.split(),
+                    "peak_memory_bytes": peak_memory(ranks.device),
                 }
             )
+            if norms:
+                metrics.layers({"step": state.step, "grad_norms": [finite_or_none(norm) for norm in norms]})
+        trace = profiler.end(state.step)
+        if metrics and trace:
+            metrics.message(f"step {state.step}: wrote {trace}")
         if state.consecutive_skipped > train.max_skipped_steps:
             raise NonFiniteError(
                 f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; begin a "
@@ -194,40 +231,74 @@ def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: C
                 write_status(folder, "preempted", state.step, train.steps, exit_code=EXIT_PREEMPTED)
             return "preempted"
         started = time.perf_counter()
+        timer.split()
+        timer.mark("data")
     if metrics:
         write_status(folder, "finished", state.step, train.steps, exit_code=0)
     return "finished"
 
 
-def _train_step(engine, micro_batches, lr, ranks: Ranks, stop: StopRequest, step: int) -> tuple[float, bool]:
-    """One optimizer step; returns the mean loss of the global batch in nats, and whether any rank was asked to stop.
+def _train_step(
+    engine,
+    micro_batches,
+    train: TrainSettings,
+    lr: float,
+    ranks: Ranks,
+    mesh: Mesh,
+    stop: StopRequest,
+    step: int,
+    timer: StepTimer,
+    with_norms: bool,
+) -> tuple[float, bool, list[float] | None]:
+    """One optimizer step.
+
+    Returns the mean loss of the global batch in nats, whether any rank was asked to stop, and the norms of the blocks'
+    gradients if they are wanted.
 
     Every token of the global batch weighs the same: the sums of the micro-batches are divided by the number of
     labelled tokens on all ranks, and multiplied by the world size because the engine averages gradients over ranks.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    labelled = sum((batch["labels"][:, 1:] >= 0).sum().item() for batch in micro_batches)
+    timer.mark("reduce")
+    labelled = sum(num_labelled(batch) for batch in micro_batches)
     labelled, stopping = ranks.all_reduce([float(labelled), float(stop.requested())])
-    loss_sum = torch.zeros((), device=ranks.device)
-    for batch in micro_batches:
-        tensors = {
-            name: value.to(ranks.device, non_blocking=True)
-            for name, value in batch.items()
-            if name in ("input_ids", "labels", "cu_seqlens") and value is not None
-        }
-        output = engine(**tensors, use_cache=False)
-        loss = output.loss_sum * (ranks.world_size / max(1.0, labelled))
+    loss_sum, norms = torch.zeros((), device=ranks.device), None
+    timer.mark("forward")
+    for pass_loss_sum in _forward_passes(engine, micro_batches, train, mesh, ranks.device):
+        loss = pass_loss_sum * (ranks.world_size / max(1.0, labelled))
         if fault_point("loss", step=step) == "nan":
             loss = loss * float("nan")
+        timer.mark("backward")
         engine.backward(loss, scale_wrt_gas=False)
-        engine.step()  # updates after the last micro-batch only
-        loss_sum += output.loss_sum.detach()
+        timer.mark("optimizer")
+        if with_norms and engine.is_gradient_accumulation_boundary():
+            norms = gradient_norms(engine.module)
+        engine.step()  # updates after the last pass only
+        timer.mark("forward")
+        loss_sum += pass_loss_sum.detach()
+    timer.mark("reduce")
     (total,) = ranks.all_reduce([loss_sum.item()])
-    return total / max(1.0, labelled), stopping > 0
+    return total / max(1.0, labelled), stopping > 0, norms
 
 
-def _open_data(settings: PretrainSettings, ranks: Ranks) -> tuple[ShardSet, ShardSet | None, TrainLoader]:
+def _forward_passes(
+    engine, micro_batches, train: TrainSettings, mesh: Mesh, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Loss sums of a step's forward passes; each needs its backward pass before the next is asked for."""
+    for batch in micro_batches:
+        if train.segment_length is not None:
+            yield from segment_losses(engine, batch, train, device)
+            continue
+        tensors = {
+            name: value.to(device, non_blocking=True)
+            for name, value in batch.items()
+            if name in ("input_ids", "labels", "shift_labels", "cu_seqlens") and value is not None
+        }
+        yield engine(**tensors, **mesh.arguments(batch, device), use_cache=False).loss_sum
+
+
+def _open_data(settings: PretrainSettings, mesh: Mesh) -> tuple[ShardSet, ShardSet | None, TrainLoader]:
     shards = ShardSet.open(Path(settings.data.shards), "train")
     check_vocabulary(shards, settings.model.vocab_size)
     heldout = ShardSet.open(Path(settings.data.shards), "heldout") if shards.index.splits["heldout"] else None
@@ -237,8 +308,10 @@ def _open_data(settings: PretrainSettings, ranks: Ranks) -> tuple[ShardSet, Shar
         global_batch=settings.train.global_batch_size,
         micro_batch=settings.train.micro_batch_size,
         seed=settings.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
+        sequence_rank=mesh.sequence_rank,
+        sequence_size=mesh.sequence_size,
         packing=settings.data.packing,
         num_workers=settings.data.num_workers,
     )
@@ -277,7 +350,9 @@ def _evaluate(settings, engine, heldout: ShardSet | None, state: RunState, ranks
     if heldout is None:
         return
     window = settings.train.sequence_length
-    length = window * max(1, 4096 // window)
+    length = settings.train.segment_length or window * max(1, 4096 // window)
+    if settings.train.sequence_parallel > 1:
+        length = window // settings.train.sequence_parallel  # no more memory than training takes
     result = heldout_loss(
         engine,
         heldout,

@@ -27,9 +27,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def flat_settings(settings: PretrainSettings) -> dict:
+    """The effective configuration as dotted keys and JSON values."""
+    return _flat(settings.model_dump(mode="json"))
+
+
 def config_hash(settings: PretrainSettings) -> str:
     """SHA-256 of the part of the configuration that decides the trajectory of the run."""
-    flat = _flat(settings.model_dump(mode="json"))
+    flat = flat_settings(settings)
     bound = {key: value for key, value in flat.items() if not key.startswith(FREE_KEYS)}
     return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
 
