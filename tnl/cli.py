@@ -261,6 +261,8 @@ def convert(
 
     written = run(source, folder, to=to, max_shard_size=max_shard_size, config_file=config)
     print(f"wrote {written}: every tensor verified")
+    if not any(written.glob("tokenizer.*")):
+        print(f"{source}: no tokenizer.model or tokenizer.json there, so none was written")
 
 
 @app.command()
@@ -349,7 +351,7 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
     from tnl.errors import ConfigError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
+    if not parts or not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
         raise ConfigError(f"{option}: {text!r} is no list of whole numbers of at least {least}; give for example 1,16")
     return sorted({int(part) for part in parts})
 

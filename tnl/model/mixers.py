@@ -7,7 +7,7 @@ from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
 from tnl.model.decay import slopes_tensor
-from tnl.model.gated_attention import GatedAttention, gated_norm, is_step
+from tnl.model.gated_attention import GatedAttention, gated_norm
 
 
 class TokenMixer(GatedAttention):
@@ -26,10 +26,11 @@ class TokenMixer(GatedAttention):
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        is_step: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
-        if self.lrpe is None and not is_step(x, cu_seqlens, initial_state):
+        if self.lrpe is None and not is_step:
             o, u, state = lightning_attention_packed(
                 qkvu,
                 slopes_tensor(self.slopes, x.device),
@@ -50,6 +51,7 @@ class TokenMixer(GatedAttention):
                 cu_seqlens,
                 initial_state,
                 output_final_state,
+                is_step,
                 activation=self.activation,
             )
         return self.out_proj(gated_norm(o.flatten(2), u, self.norm_type)), state
@@ -78,12 +80,13 @@ class LowRankGateMixer(GatedAttention):
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        is_step: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
         qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
-        o, state = self.attend(q, k, v, positions, cu_seqlens, initial_state, output_final_state)
+        o, state = self.attend(q, k, v, positions, cu_seqlens, initial_state, output_final_state, is_step)
         gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
         return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
 
