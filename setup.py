@@ -43,7 +43,7 @@ setup(
         "eval": ["lm-eval>=0.4.12"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
-        "quant": ["bitsandbytes>=0.50", "torchao>=0.18"],
+        "quant": ["accelerate", "bitsandbytes>=0.50", "torchao>=0.18"],
         "dev": [
             "accelerate",
             "hypothesis",

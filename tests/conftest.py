@@ -27,6 +27,14 @@ if importlib.util.find_spec("triton") is None and (sys.platform, platform.machin
     ]
 
 
+@pytest.fixture(autouse=True)
+def _linear_stays_as_it_is():
+    """DeepSpeed replaces it for good when it sets up ZeRO 3, and the replacement does not know quantised weights."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
 @pytest.fixture
 def tnl_command(monkeypatch, capsys):
     """Run ``tnl ARGUMENTS`` in this process: (exit code, standard output, standard error)."""

@@ -46,6 +46,9 @@ def test_bench_prefill_measures_both_models(tnl_command, tmp_path):
     [
         (["generate", "tnl-tiny", "--batch", "1,x"], "--batch: '1,x' is no list of whole numbers of at least 1"),
         (["generate", "tnl-tiny", "--batch", "0"], "--batch: '0' is no list"),
+        (["generate", "tnl-tiny", "--batch", ","], "--batch: ',' is no list"),
+        (["generate", "tnl-tiny", "--json", "."], "--json: . is a folder; name a file"),
+        (["prefill", "tnl-tiny", "--json", "."], "--json: . is a folder; name a file"),
         (["generate", "tnl-9b"], "model/tnl-9b: no such file"),
         (["generate", "tnl-tiny", "--new-tokens", "2"], "--new-tokens"),
         (["prefill", "tnl-tiny", "--tokens", "-5"], "--tokens: '-5' is no list"),

@@ -150,18 +150,49 @@ def test_a_template_that_changes_earlier_turns_is_read_again_openly(loaded, read
     assert answer == expected.text
 
 
-def test_a_template_that_refuses_is_an_error_and_leaves_the_conversation(loaded):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no more turns') }}", "chat template refuses this conversation: no more turns"),
+        ("{{ messages[0]['content'] + 1 }}", "chat template refuses this conversation: can only concatenate"),
+        ({"a": TEMPLATE, "b": TEMPLATE}, "chat template refuses this conversation: This model has multiple"),
+    ],
+    ids=["refusal", "mistake", "several"],
+)
+def test_a_template_that_refuses_is_an_error_and_leaves_the_conversation(template, message, loaded):
     model, tokenizer = loaded["template"]
     conversation = Conversation(model, tokenizer, OPTIONS)
     conversation.ask(TURNS[0])
     messages, length = list(conversation.messages), conversation.state.length
-    tokenizer.chat_template = "{{ raise_exception('no more turns') }}"
+    tokenizer.chat_template = template
     try:
-        with pytest.raises(ConfigError, match="chat template refuses this conversation: no more turns"):
+        with pytest.raises(ConfigError, match=message):
             conversation.ask(TURNS[1])
     finally:
         tokenizer.chat_template = TEMPLATE
     assert (conversation.messages, conversation.state.length) == (messages, length)
+
+
+def test_a_template_that_writes_nothing_is_refused(loaded):
+    model, tokenizer = loaded["template"]
+    tokenizer.chat_template = "{% if false %}a{% endif %}"
+    try:
+        with pytest.raises(ConfigError, match="chat template writes nothing for this message"):
+            Conversation(model, tokenizer, OPTIONS).ask(TURNS[0])
+    finally:
+        tokenizer.chat_template = TEMPLATE
+
+
+def test_after_an_error_in_an_answer_the_conversation_before_is_read_again(loaded):
+    def fail(text):
+        raise OSError("no space left")
+
+    conversation, undisturbed = (Conversation(*loaded["plain"], OPTIONS) for _ in range(2))
+    for each in (conversation, undisturbed):
+        each.ask(TURNS[0])
+    with pytest.raises(OSError, match="no space left"):
+        conversation.ask(TURNS[1], fail)
+    assert conversation.ask(TURNS[2]) == undisturbed.ask(TURNS[2])
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -338,6 +369,8 @@ def test_commands(loaded, say, tmp_path):
         ("/save", EXIT_USAGE, "/save: no such command"),
         ("/reset now", EXIT_USAGE, "/reset now: no such command"),
         ("/save nowhere/chat", EXIT_USAGE, "nowhere/chat: nowhere is no folder; make it first"),
+        ("/save .", EXIT_USAGE, ".: is a folder; name a file"),
+        ("/save ~nobody-known/chat", EXIT_USAGE, "~nobody-known/chat: there is no such user"),
         ("/save chat", EXIT_USAGE, "chat: nothing was said yet"),
         ("/load nowhere", EXIT_CHECKPOINT, "nowhere: "),
         ("a\udcff", EXIT_USAGE, "message: is not UTF-8 text at character 1"),

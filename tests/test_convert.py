@@ -118,6 +118,50 @@ def test_an_untied_head_is_kept(tmp_path):
     assert bits(load_file(convert(source, tmp_path / "safe") / "model.safetensors")) == bits(model.state_dict())
 
 
+def test_a_separate_head_in_the_memory_of_the_embeddings_is_written_out(model, tmp_path):
+    source = write_released(tmp_path / "released", model.state_dict(), tie_word_embeddings=False)
+    assert bits(load_file(convert(source, tmp_path / "safe") / "model.safetensors")) == bits(model.state_dict())
+
+
+def test_no_key_for_code_stays_beside_the_weights(released, tmp_path):
+    AutoTokenizer.from_pretrained(released).save_pretrained(released)
+    edit_json(
+        released / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        auto_map={"AutoTokenizer": ["x.X", None]},
+    )
+    edit_json(released / "generation_config.json", custom_generate="x", auto_map={"a": "x"}, trust_remote_code=True)
+    safe = convert(released, tmp_path / "safe")
+    assert "auto_map" not in json.loads((safe / "tokenizer_config.json").read_text())
+    assert json.loads((safe / "generation_config.json").read_text()).keys() == {
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("_from_model_config", "transformers_version"),
+    }
+
+
+def test_generation_settings_that_transformers_would_not_write_are_kept(released, tmp_path):
+    edit_json(released / "generation_config.json", do_sample=False, temperature=0.7)
+    safe = convert(released, tmp_path / "safe")
+    assert GenerationConfig.from_pretrained(safe).temperature == 0.7
+
+
+def test_further_chat_templates_can_be_read(released, tmp_path):
+    templates = [{"name": name, "template": name} for name in ("default", "tool_use")]
+    edit_json(released / "tokenizer_config.json", chat_template=templates)
+    safe = convert(released, tmp_path / "safe")
+    assert (safe / "additional_chat_templates").stat().st_mode & 0o777 == 0o755
+    assert AutoTokenizer.from_pretrained(safe).chat_template == {name["name"]: name["name"] for name in templates}
+
+
+def test_of_licences_only_files_of_the_folder_are_copied(released, tmp_path):
+    (tmp_path / "outside").write_text("private")
+    (released / "LICENSE").symlink_to(tmp_path / "outside")
+    (released / "LICENSES").mkdir()
+    (released / "LICENSE.txt").write_text("terms")
+    safe = convert(released, tmp_path / "safe")
+    assert [file.name for file in safe.glob("LICENSE*")] == ["LICENSE.txt"]
+
+
 @pytest.mark.parametrize("values", [{}, {"gate_dim": 5}], ids=["TNL", "TNL3"])
 def test_parameters_of_mixed_dtypes_stay_as_they_are(tmp_path, values):
     model = released_model(**values)
@@ -150,6 +194,10 @@ def change(folder: Path, edit) -> None:
     weights = {name: tensor.clone() for name, tensor in torch.load(folder / "pytorch_model.bin").items()}
     edit(weights)
     torch.save(weights, folder / "pytorch_model.bin")
+
+
+def edit_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def cut(file: Path) -> None:
@@ -186,6 +234,10 @@ REFUSED = {
     "no pickle": (lambda f: (f / "pytorch_model.bin").write_text("hello"), 77, "or no file of weights"),
     "empty": (lambda f: (f / "pytorch_model.bin").write_text(""), 77, "pytorch_model.bin: damaged"),
     "a list": (lambda f: torch.save([torch.ones(2)], f / "pytorch_model.bin"), 77, "no state dict"),
+    "sparse": (lambda f: change(f, lambda w: w.update({LAYER: w[LAYER].to_sparse()})), 77, "no state dict"),
+    "no values": (lambda f: change(f, lambda w: w.update({LAYER: w[LAYER].to("meta")})), 77, "no state dict"),
+    "a number as name": (lambda f: change(f, lambda w: w.update({1: torch.ones(2)})), 77, "no state dict"),
+    "integers": (lambda f: change(f, lambda w: w.update({LAYER: w[LAYER].int()})), 77, "floating-point numbers: "),
     "bad safetensors": (lambda f: (f / "model.safetensors").write_text("hello"), 77, "model.safetensors: damaged"),
     "no weights": (no_weights, 2, "no files of weights"),
     "outside": (outside_index, 77, "outside its folder"),
@@ -220,6 +272,7 @@ def test_what_is_wrong_is_named_and_nothing_is_left(name, released, tmp_path, tn
         (["released", "released"], "released: exists already"),
         (["nothing", "safe"], "nothing: no such file or folder"),
         (["released", "safe", "--max-shard-size", "0"], "--max-shard-size: '0' is no size"),
+        (["released", "safe", "--max-shard-size", "100B"], "--max-shard-size: '100B' is no size"),
         (["released", "safe", "--to", "onnx"], "'onnx' is not one of"),
     ],
 )

@@ -9,7 +9,7 @@ from tnl.errors import EXIT_CHECKPOINT, EXIT_USAGE, ConfigError
 from tnl.generation.generate import continue_text, generate_text, prompt_ids
 from tnl.generation.load import load_model
 from tnl.generation.options import GenerationOptions
-from tnl.generation.text_stream import TextStream
+from tnl.generation.text_stream import TextStream, text_after
 from tnl.model import TransnormerState
 
 FIRST = "# 12\ndef value return self\n    for the state in range\n"
@@ -110,7 +110,8 @@ def test_states_that_do_not_fit_end_with_77(folder, loaded, tnl_command, tmp_pat
         (["--prompt-file", "nowhere"], "nowhere: No such file or directory; correct --prompt-file"),
         (["--prompt-file", "."], ".: Is a directory; correct --prompt-file"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: must be 1 or more, got 0"),
-        (["--prompt", "a", "--temperature", "nan"], "temperature: must be 0 or more, got nan"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature: must be a number of at least 0, got nan"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature: must be a number of at least 0, got inf"),
         (["--prompt", "a", "--seed", "-1"], "seed: must be 0 to 2^63 - 1, got -1"),
         (["--prompt", "a", "--num-beams", "0"], "num_beams: must be 1 or more, got 0"),
         (
@@ -121,6 +122,7 @@ def test_states_that_do_not_fit_end_with_77(folder, loaded, tnl_command, tmp_pat
         (["--prompt", "a", "--stop", ""], "stop: is empty"),
         (["--prompt", "a", "--stop", "\udcff"], "stop: is not UTF-8 text"),
         (["--prompt", "a", "--save-state", "nowhere/s"], "nowhere/s: nowhere is no folder; make it first"),
+        (["--prompt", "a", "--save-state", "."], ".: is a folder; name a file"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_a_model_is_looked_for(options, message, tnl_command):
@@ -190,6 +192,18 @@ def test_characters_of_several_tokens_come_whole(loaded):
     assert "".join(pieces) == text
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_characters_behind_a_prompt_of_bytes_come_whole(loaded):
+    # Each of these is three tokens, so that a context of eight would begin inside one.
+    tokenizer, prompt, text, pieces = loaded[1], "\ud55c\uad6d\uc5b4", "\uc548\ub155", []
+    context, ids = tokenizer(prompt).input_ids, tokenizer(prompt + text).input_ids
+    assert len(context) == 9
+    stream = TextStream(tokenizer, len(context), pieces.append)
+    for end in range(len(context) + 1, len(ids) + 1):
+        stream(torch.tensor([ids[:end]]), None)
+    assert pieces == list(text)
+    assert text_after(tokenizer, context, ids[len(context) :]) == text
 
 
 def test_the_prompt_of_a_state_has_no_beginning_of_text(loaded):

@@ -351,6 +351,39 @@ def test_a_detached_state_stops_gradients_and_keeps_values():
     assert gradient_of_first_piece(model, ids, detach=True) is None
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_a_single_token_behind_a_state_changes_no_gradient(use_reentrant):
+    def gradients(checkpointed):
+        model = tiny_model().train()
+        state = read(model, random_ids(2, 9))
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(random_ids(2, 1, seed=1), past_key_values=state).logits.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, actual = gradients(False), gradients(True)
+    assert expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        assert_close(name, actual[name], gradient)
+
+
+def test_positions_lie_with_the_tokens_wherever_the_last_block_is():
+    class Elsewhere(torch.nn.Module):
+        """A block on another device, as under a device map."""
+
+        def forward(self, x, *_):
+            return x.to("meta"), torch.empty(2, 4, 8, 8, device="meta")
+
+    model, state, mask = tiny_model().model, TransnormerState(), torch.ones(2, 9)
+    model.layers[1], mask[0, :4] = Elsewhere(), 0
+    for T, positions in ((9, [5, 9]), (1, [6, 10]), (5, [11, 15])):
+        with torch.no_grad():
+            output = model(random_ids(2, T), attention_mask=mask if T == 9 else None, past_key_values=state)
+        assert output.last_hidden_state.device.type == "meta"
+        assert output.last_hidden_state.shape == (2, T, 32)
+        assert state.positions.tolist() == positions
+
+
 def test_training_makes_no_state_unless_asked():
     model = tiny_model().train()
     assert model(random_ids(1, 4)).past_key_values is None

@@ -251,6 +251,21 @@ def test_every_problem_of_the_weights_is_named_at_once(model, tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize("head", ["shared", "duplicate", "absent"])
+def test_a_vocabulary_of_another_size_is_named(model, tmp_path, head):
+    folder = write_released(tmp_path / "released", weights_of(model, head), vocab_size=VOCAB + 8)
+    with pytest.raises(ValueError, match=rf"of another shape: .*{EMBEDDINGS} \[{VOCAB}, 32\] for \[{VOCAB + 8}, 32\]"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_damaged_safetensors_file_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{tmp_path}: a file of weights is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_weights_may_come_without_a_folder(model, ids):
     loaded = TransnormerForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -311,6 +326,19 @@ def test_an_index_that_names_files_outside_its_folder_is_refused(model, tmp_path
     for loader in (AutoModelForCausalLM, TransnormerForCausalLM):
         with pytest.raises(ValueError, match=r"pytorch_model.bin.index.json: (names|not an index)"):
             loader.from_pretrained(folder)
+
+
+def test_an_index_of_a_variant_that_names_files_outside_is_refused(model, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, variant="fp16", max_shard_size="20KB")
+    file = folder / "model.safetensors.index.fp16.json"
+    index = json.loads(file.read_text())
+    name = index["weight_map"][EMBEDDINGS]
+    (folder / name).rename(tmp_path / name)
+    index["weight_map"] = {k: f"../{v}" if v == name else v for k, v in index["weight_map"].items()}
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.fp16.json: names '../model"):
+        AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
 
 
 def test_the_hub_cache_loads_by_name_and_by_folder(model, ids, tmp_path):

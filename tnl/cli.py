@@ -261,6 +261,8 @@ def convert(
 
     written = run(source, folder, to=to, max_shard_size=max_shard_size, config_file=config)
     print(f"wrote {written}: every tensor verified")
+    if not any(written.glob("tokenizer.*")):
+        print(f"{source}: no tokenizer.model or tokenizer.json there, so none was written")
 
 
 @app.command()

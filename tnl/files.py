@@ -54,8 +54,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.tmp-", dir=destination.parent))
         scratch.chmod(0o755)
         yield scratch
-        for file in scratch.iterdir():
-            file.chmod(0o644)  # safetensors makes its files readable for their owner alone
+        for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors lets only the owner read its files
         os.rename(scratch, destination)
     # What safetensors says when the disk is full is no OSError.
     except (OSError, SafetensorError) as error:

@@ -63,7 +63,10 @@ def run_command(conversation: Conversation, line: str) -> bool:
     usage = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
     if usage is None or bool(rest.strip()) != usage.endswith(" FILE"):
         raise ConfigError(f"{line.strip()}: no such command; known: {', '.join(COMMANDS)}")
-    file = Path(rest.strip()).expanduser()
+    try:
+        file = Path(rest.strip()).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{rest.strip()}: there is no such user; give another path") from None
     if name == "/exit":
         return False
     if name == "/help":

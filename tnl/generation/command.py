@@ -36,7 +36,9 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, continues: bool) -
 
 
 def check_folder_of(file: Path | None) -> None:
-    """Raise `ConfigError` if ``file`` has no folder to be written in."""
+    """Raise `ConfigError` if ``file`` has no folder to be written in, or is one itself."""
+    if file is not None and file.expanduser().is_dir():
+        raise ConfigError(f"{file}: is a folder; name a file")
     if file is not None and not file.expanduser().parent.is_dir():
         raise ConfigError(f"{file}: {file.parent} is no folder; make it first")
 

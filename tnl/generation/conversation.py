@@ -5,8 +5,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from tnl.errors import CheckpointError, ConfigError
 from tnl.generation.generate import UNREAD, continue_text, load_state
 from tnl.generation.options import GenerationOptions, check_text
@@ -92,9 +90,14 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._render(messages)
         ids = self._new_ids(rendered)
+        if not ids:
+            raise ConfigError("the tokenizer's chat template writes nothing for this message; correct the template")
+        # Whatever ends the answer with an error, the state is in the middle of it: the next turn then reads all again.
+        state, self.state, self.read = self.state, TransnormerState(), ""
         # Each turn draws its own numbers.
         options = dataclasses.replace(self.options, seed=(self.options.seed + len(messages)) % 2**63)
-        answer = continue_text(self.model, self.tokenizer, ids, self.state, options, on_text, interrupted)
+        answer = continue_text(self.model, self.tokenizer, ids, state, options, on_text, interrupted)
+        self.state = state
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         # The state has read all tokens but the last.
         self.read = self.read_with_unread = rendered + answer.text
@@ -139,7 +142,8 @@ class Conversation:
             return plain_text(messages)
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        # A template is a program of others, and may fail in every way that an expression can.
+        except Exception as error:
             raise ConfigError(f"the tokenizer's chat template refuses this conversation: {error}") from None
 
     def _new_ids(self, rendered: str) -> list[int]:
@@ -149,7 +153,7 @@ class Conversation:
                 if rendered.startswith(read):
                     return unread + self._ids_behind(read, rendered)
             self.report("the chat template changes earlier turns: the whole conversation is read again")
-            self.state = TransnormerState()
+            self.state, self.read = TransnormerState(), ""
         return self._ids(rendered, first=True)
 
     def _ids_behind(self, read: str, rendered: str) -> list[int]:

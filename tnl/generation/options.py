@@ -1,5 +1,6 @@
 """What a user asks of a generation, checked before a model is loaded for it."""
 
+import math
 from dataclasses import dataclass
 
 from tnl.errors import ConfigError
@@ -41,7 +42,7 @@ class GenerationOptions:
     def __post_init__(self):
         for name, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature is None or self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature is None or 0 <= self.temperature < math.inf, "a number of at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("num_beams", self.num_beams >= 1, "1 or more"),

@@ -10,9 +10,18 @@ CONTEXT_TOKENS = 8
 INCOMPLETE = "\ufffd"
 
 
+def context_of(tokenizer, ids: list[int]) -> list[int]:
+    """The last tokens of ``ids`` that the text of a next one can depend on, from the beginning of a character.
+
+    One byte too many before it would make the bytes of all characters up to the next other token invalid.
+    """
+    tails = (ids[start:] for start in range(max(0, len(ids) - CONTEXT_TOKENS), len(ids)))
+    return next((tail for tail in tails if not tokenizer.decode(tail).startswith(INCOMPLETE)), ids[-CONTEXT_TOKENS:])
+
+
 def text_after(tokenizer, context: list[int], ids: list[int]) -> str:
     """Text that ``ids`` add behind ``context``, special tokens written out."""
-    context = context[-CONTEXT_TOKENS:]
+    context = context_of(tokenizer, context)
     return tokenizer.decode(context + ids)[len(tokenizer.decode(context)) :]
 
 
@@ -47,7 +56,7 @@ class TextStream(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         """input_ids int64 [1, T] with one new token at the end -> bool [1], whether to stop."""
         if self.ids is None:
-            self.ids = input_ids[0, max(0, self.num_prompt - CONTEXT_TOKENS) : -1].tolist()
+            self.ids = context_of(self.tokenizer, input_ids[0, : self.num_prompt][-CONTEXT_TOKENS:].tolist())
             self.end = len(self.ids)
         self.ids.append(input_ids[0, -1].item())
         text = self._new_text()

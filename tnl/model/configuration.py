@@ -10,6 +10,7 @@ from tnl.model.loading import screened_config
 from tnl.model.lrpe import PHASE_DTYPES
 
 _SIZES = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "hidden_dim", "glu_dim")
+_FLAGS = ("no_scale_embedding", "use_cache", "tie_word_embeddings")
 MIXER_NORMS = ("simplermsnorm", "layernorm")
 
 
@@ -89,11 +90,21 @@ class TransnormerConfig(PreTrainedConfig):
         """As in transformers, but the content of a file must be that of a TNL model's.
 
         Raises:
-            ValueError: a key that would choose code to run, or that nobody knows, named with its file.
+            ValueError: a key that would choose code to run, or that nobody knows, or two names of one setting with
+                different values, named with their file; a value, here or in ``kwargs``, that no model has.
         """
         file = f"{kwargs['name_or_path']}/config.json" if kwargs.get("name_or_path") else "config.json"
         known = [field.name for field in fields(cls)] + list(cls.attribute_map)
-        return super().from_dict(screened_config(config_dict, known, file), **kwargs)
+        values = screened_config(config_dict, known, file)
+        for alias, name in cls.attribute_map.items():
+            if alias in values and name in values and values[alias] != values[name]:
+                raise ValueError(
+                    f"{file}: {alias}: {values[alias]!r} and {name}: {values[name]!r} are one setting; delete one"
+                )
+        found = super().from_dict(values, **kwargs)
+        # Again: transformers puts ``kwargs`` into the finished configuration.
+        (found[0] if isinstance(found, tuple) else found)._check_values()
+        return found
 
     @classmethod
     def from_json_file(cls, json_file):
@@ -111,8 +122,11 @@ class TransnormerConfig(PreTrainedConfig):
             self.hidden_dim = self.decoder_embed_dim
         if self.linear_use_lrpe_list is None:
             self.linear_use_lrpe_list = [1]
+        self._check_values()
+
+    def _check_values(self) -> None:
         sizes = {name: getattr(self, name) for name in _SIZES}
-        wrong = {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}
+        wrong = {name: size for name, size in sizes.items() if not _is_size(size)}
         problems = [f"{name}: {size!r} must be a whole number of at least 1" for name, size in wrong.items()]
         if not wrong and self.hidden_dim % self.decoder_attention_heads:
             problems.append(
@@ -120,7 +134,14 @@ class TransnormerConfig(PreTrainedConfig):
             )
         if self.norm_type != "simplermsnorm":
             problems.append(f"norm_type: {self.norm_type!r} is unknown, use simplermsnorm")
-        if self.gate_dim is not None and (not isinstance(self.gate_dim, int) or self.gate_dim < 1):
+        flags = {name: getattr(self, name) for name in _FLAGS}
+        # The text "false" would be true.
+        problems += [
+            f"{name}: {flag!r} must be true or false" for name, flag in flags.items() if flag not in (True, False)
+        ]
+        if not isinstance(self.init_std, int | float) or not 0 <= self.init_std < float("inf"):
+            problems.append(f"init_std: {self.init_std!r} must be a number of at least 0")
+        if self.gate_dim is not None and not _is_size(self.gate_dim):
             problems.append(f"gate_dim: {self.gate_dim!r} must be a whole number of at least 1, or null")
         if self.mixer_norm_type not in MIXER_NORMS:
             problems.append(
@@ -136,10 +157,11 @@ class TransnormerConfig(PreTrainedConfig):
             problems.append(f"decay: {self.decay!r} is unknown, use one of {', '.join(DECAYS)}")
         if self.bias:
             problems.append("bias: true is not supported, no TransNormerLLM has biases")
-        if not wrong and len(self.linear_use_lrpe_list) > self.decoder_layers:
-            problems.append(
-                f"linear_use_lrpe_list: {len(self.linear_use_lrpe_list)} entries for {self.decoder_layers} layers"
-            )
+        lrpe_layers = self.linear_use_lrpe_list
+        if not isinstance(lrpe_layers, list | tuple) or any(entry not in (0, 1) for entry in lrpe_layers):
+            problems.append(f"linear_use_lrpe_list: {lrpe_layers!r} must be a list of 0 and 1")
+        elif not wrong and len(lrpe_layers) > self.decoder_layers:
+            problems.append(f"linear_use_lrpe_list: {len(lrpe_layers)} entries for {self.decoder_layers} layers")
         if problems:
             raise ValueError("TransnormerConfig: " + "; ".join(problems))
 
@@ -151,3 +173,7 @@ class TransnormerConfig(PreTrainedConfig):
     def uses_lrpe(self, layer: int) -> bool:
         """Whether ``layer`` rotates q and k by LRPE."""
         return layer < len(self.linear_use_lrpe_list) and bool(self.linear_use_lrpe_list[layer])
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -54,14 +54,15 @@ class StepGraph:
         state = self.state
         self.tensors = [*state.layers, state.positions]
         self.ids = input_ids.clone()
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         length = state.length
         # Other threads may go on using the GPU meanwhile.
-        capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
         with CAPTURE, torch.cuda.device(input_ids.device), capture:
             self.logits = self.model(self.ids, past_key_values=state, use_cache=True).logits
         state.length = length
         assert self._holds_state(), "a step must update the state in place"
+        self.graph = graph
 
 
 class TransnormerGenerationMixin(PrefillMixin):
@@ -84,6 +85,8 @@ class TransnormerGenerationMixin(PrefillMixin):
             and isinstance(model_kwargs.get("past_key_values"), TransnormerState)
             and not generation_config.disable_compile
             and not generation_config.output_hidden_states
+            # A checkpoint asks for the random state, which a capture does not allow.
+            and not (self.training and self.is_gradient_checkpointing)
             # Neither weights that lie on several devices nor those that DeepSpeed gathers for each layer.
             and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
             and not hasattr(next(self.parameters()), "ds_id")

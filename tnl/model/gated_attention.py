@@ -14,11 +14,6 @@ from tnl.model.lrpe import Lrpe
 from tnl.model.sequence_parallel import StateExchange
 
 
-def is_step(x: torch.Tensor, cu_seqlens: torch.Tensor | None, initial_state: torch.Tensor | None) -> bool:
-    """Whether ``x`` [B, T, ...] is one token of each sequence, whose state may be updated in place."""
-    return x.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not torch.is_grad_enabled()
-
-
 def gated_norm(o: torch.Tensor, gate: torch.Tensor, norm_type: str) -> torch.Tensor:
     """``gate * norm(o)`` over the full width (all heads), without a weight, rounded once.
 
@@ -56,20 +51,21 @@ class GatedAttention(nn.Module):
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        is_step: bool,
         *,
         activation: str | None = None,
         exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q, k, v [B, T, H, K], slopes fp32 [H] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
 
-        ``activation`` of q and k is applied first, then LRPE. One token continues its state in place.
+        ``activation`` of q and k is applied first, then LRPE. ``is_step``: one token of each sequence, T = 1, which
+        updates ``initial_state`` in place.
         """
-        step = is_step(q, cu_seqlens, initial_state)
-        if activation is not None and (self.lrpe is not None or not step):
+        if activation is not None and (self.lrpe is not None or not is_step):
             q, k, activation = F.silu(q), F.silu(k), None
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)  # [B, T, H, 2K]
-        if step:
+        if is_step:
             o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
             return o.unsqueeze(1), initial_state
         attend = partial(lightning_attention, q, k, v, slopes, cu_seqlens=cu_seqlens)

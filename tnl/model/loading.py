@@ -55,17 +55,22 @@ def screened_config(values: dict, fields: Iterable[str], file: str) -> dict:
     return kept
 
 
-def check_index_files(name: str, subfolder: str = "", cache_dir=None, revision: str | None = None) -> None:
+def check_index_files(
+    name: str, subfolder: str = "", cache_dir=None, revision: str | None = None, variant: str | None = None
+) -> None:
     """Refuse an index that names shards outside its folder.
 
     Args:
         name: model folder, or hub name, whose index is looked at when it is in the cache; the hub's own client refuses
             such names when it downloads.
+        variant: between the name and the end of the files, such as ``fp16``.
 
     Raises:
         ValueError: an index file is malformed, or names a shard outside its folder.
     """
     for index_file in INDEX_FILES:
+        if variant is not None:
+            index_file = f"{index_file.removesuffix('json')}{variant}.json"
         if Path(name).is_dir():
             file = Path(name, subfolder, index_file)
         else:
@@ -89,21 +94,25 @@ def indexed_shards(index_file: Path) -> list[Path]:
         shards = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index_file}: not an index of shards; download it again") from None
-    folder = index_file.absolute().parent
-    roots = [folder.resolve()]
-    # The hub's cache keeps the content of all revisions in one folder beside them, and links to it.
-    roots += [parent.parent.resolve() / "blobs" for parent in folder.parents if parent.name == "snapshots"]
     found = []
     for shard in shards:
         pure = PurePosixPath(shard) if isinstance(shard, str) else PurePosixPath("/")
-        file = folder / pure
-        inside = not pure.is_absolute() and ".." not in pure.parts
-        if not inside or not any(file.resolve().is_relative_to(root) for root in roots):
+        file = index_file.parent / pure
+        if pure.is_absolute() or ".." in pure.parts or not stays_in_folder(file, index_file.parent):
             raise ValueError(
                 f"{index_file}: names {shard!r}, which is outside its folder; such a checkpoint is refused"
             )
         found.append(file)
     return found
+
+
+def stays_in_folder(file: Path, folder: Path) -> bool:
+    """Whether ``file``, whose links are followed, lies in the model folder ``folder``."""
+    folder = folder.absolute()
+    roots = [folder.resolve()]
+    # The hub's cache keeps the content of all revisions in one folder beside them, and links to it.
+    roots += [parent.parent.resolve() / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return any(file.resolve().is_relative_to(root) for root in roots)
 
 
 def weight_problems(model, info: dict, allow_other_shapes: bool) -> list[str]:

@@ -8,7 +8,7 @@ from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.gated_attention import GatedAttention, gated_norm, is_step
+from tnl.model.gated_attention import GatedAttention, gated_norm
 from tnl.model.sequence_parallel import StateExchange
 
 
@@ -29,11 +29,12 @@ class TokenMixer(GatedAttention):
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        is_step: bool,
         exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
-        if self.lrpe is None and not is_step(x, cu_seqlens, initial_state):
+        if self.lrpe is None and not is_step:
             attend = partial(
                 lightning_attention_packed,
                 qkvu,
@@ -59,6 +60,7 @@ class TokenMixer(GatedAttention):
                 cu_seqlens,
                 initial_state,
                 output_final_state,
+                is_step,
                 activation=self.activation,
                 exchange=exchange,
             )
@@ -89,6 +91,7 @@ class LowRankGateMixer(GatedAttention):
         cu_seqlens: torch.Tensor | None,
         initial_state: torch.Tensor | None,
         output_final_state: bool,
+        is_step: bool,
         exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
@@ -96,7 +99,7 @@ class LowRankGateMixer(GatedAttention):
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
         o, state = self.attend(
-            q, k, v, slopes, positions, cu_seqlens, initial_state, output_final_state, exchange=exchange
+            q, k, v, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange=exchange
         )
         gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
         return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state

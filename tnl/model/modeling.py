@@ -3,6 +3,7 @@
 import pickle
 
 import torch
+from safetensors import SafetensorError
 from tnl_kernels import add_srmsnorm, srmsnorm
 from tnl_kernels.checks import check_cu_seqlens
 from torch import nn
@@ -30,10 +31,10 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         self.token_mixer = token_mixer(config, layer)
         self.channel_mixer = ChannelMixer(config)
 
-    def forward(self, x, slopes, positions, cu_seqlens, initial_state, output_final_state, exchange=None):
+    def forward(self, x, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange=None):
         """x [B, T, D], slopes fp32 [H] -> (x [B, T, D], final state [N, H, K, V] or None)."""
         mixed, state = self.token_mixer(
-            srmsnorm(x), slopes, positions, cu_seqlens, initial_state, output_final_state, exchange
+            srmsnorm(x), slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange
         )
         y, x = add_srmsnorm(mixed, x)
         return x + self.channel_mixer(y), state
@@ -65,6 +66,15 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             theta = 10000.0 ** (-2.0 * index / (num_heads * head_dim))
             module.theta.copy_(theta.view(num_heads, 1, head_dim))
 
+    def tie_weights(self, missing_keys: set[str] | None = None, **options) -> None:
+        """As in transformers, also for a checkpoint whose head has another shape."""
+        if missing_keys is not None:
+            # Such a head is left without values, and transformers would compare it with the embeddings.
+            for head, embeddings in self.all_tied_weights_keys.items():
+                if self.get_parameter_or_buffer(head).is_meta and not self.get_parameter_or_buffer(embeddings).is_meta:
+                    missing_keys.add(head)
+        super().tie_weights(missing_keys=missing_keys, **options)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -79,11 +89,11 @@ class TransnormerPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the checkpoint lacks a parameter of the model, or has one that the model has not, or of another
                 shape (unless ``ignore_mismatched_sizes``), or a value that is not finite; its index names files outside
-                its folder; a pickled file holds more than tensors.
+                its folder; a pickled file holds more than tensors; a safetensors file is damaged.
         """
         name = pretrained_model_name_or_path
         if name is not None:
-            places = {key: kwargs[key] for key in ("subfolder", "cache_dir", "revision") if key in kwargs}
+            places = {key: kwargs[key] for key in ("subfolder", "cache_dir", "revision", "variant") if key in kwargs}
             check_index_files(str(name), **places)
         try:
             # Other shapes are refused below: transformers would not name them in its error.
@@ -95,6 +105,8 @@ class TransnormerPreTrainedModel(PreTrainedModel):
                 f"{name}: a pickled file holds more than tensors, which unpickling would run as code, so nothing of it "
                 "was loaded; get the checkpoint from its authors, as safetensors if they have it"
             ) from error
+        except SafetensorError as error:
+            raise ValueError(f"{name}: a file of weights is damaged ({error}); download it again") from error
         problems = weight_problems(model, info, ignore_mismatched_sizes)
         if problems:
             raise ValueError(f"{name}: weights do not fit the configuration; {'; '.join(problems)}")
@@ -141,7 +153,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             input_ids: int64 [B, T]; or give ``inputs_embeds`` [B, T, D], unscaled.
             attention_mask: [B, T] or [B, past + T], 0 marks padding on any side. A padded position returns what the
                 last token before it returns, zeros before the first token.
-            past_key_values: state to continue from, updated in place.
+            past_key_values: state to continue from, updated in place. After an error on the way it is a mixture of
+                before and after: go on from a `TransnormerState.fork` made before.
             cu_seqlens: int32 [N + 1] with B = 1: N packed sequences, each starting from its own state; [0, ..., T].
             use_cache: whether to make and return a state; default the config's, and False in training.
             sequence_shard: a `tnl.model.sequence_parallel.SequenceShard`: the input is one rank's slice of windows that
@@ -186,7 +199,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 source = torch.where(seen > 0, seen + cu_seqlens[:-1].unsqueeze(1), 0).flatten()
 
                 def unpack(x):
-                    return torch.cat([x.new_zeros(1, D), x[0]]).index_select(0, source).view(B, T, D)
+                    # The blocks may lie on several devices.
+                    return torch.cat([x.new_zeros(1, D), x[0]]).index_select(0, source.to(x.device)).view(B, T, D)
 
         num_sequences = check_cu_seqlens(cu_seqlens, *x.shape[:2])
         start = None if state is None else state.positions
@@ -196,6 +210,8 @@ class TransnormerModel(TransnormerPreTrainedModel):
             raise ValueError(f"past_key_values holds {len(start)} sequences, the input has {num_sequences}")
         exchange = None if shard is None else shard.exchange(*x.shape[:2], cu_seqlens)
         positions = self._positions(x, cu_seqlens, start if exchange is None else exchange.starts)
+        # Asked before the blocks: gradient checkpointing may run them without gradients first, and then once more.
+        is_step = x.shape[1] == 1 and cu_seqlens is None and start is not None and not torch.is_grad_enabled()
         finals, hidden_states = [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -203,14 +219,14 @@ class TransnormerModel(TransnormerPreTrainedModel):
             # An argument, not an attribute read inside: so one compilation of a layer serves all layers.
             slopes = slopes_tensor(layer.token_mixer.slopes, x.device)
             initial = None if state is None else state.layer(i)
-            x, final = layer(x, slopes, positions, cu_seqlens, initial, state is not None, exchange)
+            x, final = layer(x, slopes, positions, cu_seqlens, initial, state is not None, is_step, exchange)
             if start is not None:
                 state.layers[i] = final  # at once: otherwise the states of all layers would be there twice
             finals.append(final)
         x = srmsnorm(x)
         if state is not None:
             read = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
-            start = torch.zeros(num_sequences, dtype=torch.int64, device=x.device) if start is None else start
+            start = positions.new_zeros(num_sequences) if start is None else start
             state.update(finals, start + read, T)
         if unpack is not None:
             x, hidden_states = unpack(x), [unpack(h) for h in hidden_states]

@@ -66,9 +66,10 @@ class TransnormerState:
     def update(self, layers: list[torch.Tensor], positions: torch.Tensor, num_columns: int) -> None:
         """Take over the states after a forward pass over ``num_columns`` more columns.
 
-        Where the layers were updated in place, the positions are, too: a step allocates nothing that outlives it.
+        The positions stay in their memory: a step allocates nothing that outlives it.
         """
-        if self.layers is not None and all(new is old for new, old in zip(layers, self.layers, strict=True)):
+        if self.layers is not None and len(positions) == len(self.positions):
+            self.layers = layers
             self.positions.copy_(positions)
         else:
             self.layers, self.positions = layers, positions

@@ -21,6 +21,7 @@ from tnl.model.baseline import llama_config
 from tnl.model.decoding import StepGraph
 from tnl.model.prefill import PREFILL_TOKENS
 from tnl.tools.bench_models import (
+    check_json,
     described,
     named_config,
     numbers,
@@ -63,8 +64,9 @@ def bench_generate(
             it then generates as transformers would have it, compiled by Inductor with CUDA graphs.
 
     Raises:
-        ConfigError: see `named_config` and `pick_device`; not even the first batch fits into memory.
+        ConfigError: see `check_json`, `named_config` and `pick_device`; not even the first batch fits into memory.
     """
+    check_json(json_file)
     config, where = named_config(name), pick_device(device)
     on_gpu = where.type == "cuda"
     bandwidth = copy_bandwidth() if on_gpu else None
@@ -222,6 +224,6 @@ def positions_row(model, positions: int, report: Callable) -> dict:
         if i + 1 in (max(3, positions // 100), positions):
             allocated.append(torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else None)
     row = {"positions": positions, "state_bytes": state.num_bytes(), "allocated_bytes": allocated}
-    memory = "" if allocated[0] is None else f", GPU memory after 1 % and 100 % {allocated[0]:,} and {allocated[1]:,}"
+    memory = "" if allocated[0] is None else f", GPU memory after 1 % and 100 % {allocated[0]:,} and {allocated[-1]:,}"
     report(f"{positions:,} tokens in a row: state of {state.num_bytes():,} bytes{memory}")
     return row | {"peak_gib": peak_gib(model.device)}

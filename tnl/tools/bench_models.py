@@ -10,6 +10,7 @@ from tnl_kernels.record import environment
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from tnl import config as configuration
+from tnl.errors import ConfigError
 from tnl.model import TransnormerConfig
 from tnl.model.settings import ModelSettings
 
@@ -30,6 +31,12 @@ def named_config(name: str) -> TransnormerConfig:
 def numbers(values: list[int]) -> str:
     """As they are given on the command line."""
     return ",".join(map(str, values))
+
+
+def check_json(file: Path | None) -> None:
+    """Raise `ConfigError` if figures cannot become ``file``, before hours are spent on them."""
+    if file is not None and file.is_dir():
+        raise ConfigError(f"--json: {file} is a folder; name a file")
 
 
 def described(command: str, device: torch.device) -> dict:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tnl.model.baseline import llama_config
 from tnl.tools.bench_models import (
+    check_json,
     described,
     named_config,
     numbers,
@@ -44,8 +45,9 @@ def bench_prefill(
         lengths: prompt lengths in tokens; one sequence.
 
     Raises:
-        ConfigError: see `named_config` and `pick_device`.
+        ConfigError: see `check_json`, `named_config` and `pick_device`.
     """
+    check_json(json_file)
     config, where = named_config(name), pick_device(device)
     result = described(f"tnl bench prefill {name} --tokens {numbers(lengths)}", where)
     result |= {"rows": [{"tokens": T} for T in lengths], "missing": {}}

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from tnl.errors import CheckpointError, ConfigError, DataError
 from tnl.files import new_folder, sha256_of
 from tnl.model import TransnormerConfig, TransnormerForCausalLM
-from tnl.model.loading import is_finite
+from tnl.model.loading import is_finite, stays_in_folder
 from tnl.tools.weight_files import read_weights, weight_files, write_pickle, write_safetensors
 
-_SHARD_SIZE = re.compile(r"[1-9]\d*[KMGT]?B", re.ASCII | re.IGNORECASE)
+_SHARD_SIZE = re.compile(r"[1-9]\d*[KMGT]B", re.ASCII | re.IGNORECASE)
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -104,6 +104,9 @@ def _fit(
             for alias, name in ties.items()
             if alias in tensors and name in tensors and not _same_bits(tensors[alias], tensors[name])
         },
+        "not of floating-point numbers": {
+            name for name, tensor in tensors.items() if name in expected and not tensor.is_floating_point()
+        },
         "not finite": {name for name, tensor in tensors.items() if name in expected and not is_finite(tensor)},
     }
     found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
@@ -143,19 +146,26 @@ def _verify(source: Path, written: Path, ties: dict[str, str]) -> None:
 
 def _carry_over(source: Path, destination: Path) -> None:
     """Tokenizer and generation settings, read and written anew, so that no key for remote code stays; the licence."""
-    parts = []
+    tokenizer = generation = None
     try:
         if any((source / name).is_file() for name in _TOKENIZER_FILES):
-            parts.append(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if (source / "generation_config.json").is_file():
-            parts.append(GenerationConfig.from_pretrained(source))
+            generation = GenerationConfig.from_pretrained(source)
     # The libraries raise several types, plain Exception among them, for a file that they cannot read.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{source}: {reason}; correct the file, or convert without it") from None
-    for part in parts:
-        part.save_pretrained(destination)
-    for file in source.glob("LICENSE*"):
+    if tokenizer is not None:
+        tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer.save_pretrained(destination)
+    if generation is not None:
+        for key in vars(generation).keys() - vars(GenerationConfig()).keys():
+            delattr(generation, key)
+        # `save_pretrained` would refuse settings of sampling beside greedy search, which models have.
+        generation.to_json_file(destination / "generation_config.json")
+    # A link may lead to what its reader would not give away.
+    for file in (file for file in source.glob("LICENSE*") if file.is_file() and stays_in_folder(file, source)):
         shutil.copyfile(file, destination / file.name)
 
 

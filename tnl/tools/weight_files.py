@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,9 +90,15 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{file}: damaged, or no file of weights ({reason}); download it again") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(map(_is_weight, content.keys(), content.values())):
         raise CheckpointError(f"{file}: no state dict, names with tensors expected; give the weights of a model")
     return content
+
+
+def _is_weight(name, value) -> bool:
+    """Whether it is a name with a tensor that has its values in memory, one for each index."""
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and plain and not value.is_quantized
 
 
 def _is_archive(file: Path) -> bool:
@@ -104,7 +111,15 @@ def write_safetensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_
     """``model.safetensors``, or shards with their index."""
 
     def save(part: dict[str, torch.Tensor], file: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, file, metadata={"format": "pt"})
+        # safetensors refuses tensors that share memory, such as a separate head that is equal to the embeddings.
+        owners = Counter(tensor.data_ptr() for tensor in part.values())
+        ready = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            if owners[tensor.data_ptr()] > 1
+            else tensor.contiguous()
+            for name, tensor in part.items()
+        }
+        save_file(ready, file, metadata={"format": "pt"})
 
     _write(tensors, {}, folder, "model", "safetensors", max_shard_size, save)
 
