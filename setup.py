@@ -50,6 +50,7 @@ setup(
             "peft>=0.20",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "setuptools>=77",
             "torchao>=0.18",

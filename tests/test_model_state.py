@@ -371,11 +371,15 @@ def test_positions_lie_with_the_tokens_wherever_the_last_block_is():
     class Elsewhere(torch.nn.Module):
         """A block on another device, as under a device map."""
 
+        def __init__(self, layer):
+            super().__init__()
+            self.token_mixer = layer.token_mixer
+
         def forward(self, x, *_):
             return x.to("meta"), torch.empty(2, 4, 8, 8, device="meta")
 
     model, state, mask = tiny_model().model, TransnormerState(), torch.ones(2, 9)
-    model.layers[1], mask[0, :4] = Elsewhere(), 0
+    model.layers[1], mask[0, :4] = Elsewhere(model.layers[1]), 0
     for T, positions in ((9, [5, 9]), (1, [6, 10]), (5, [11, 15])):
         with torch.no_grad():
             output = model(random_ids(2, T), attention_mask=mask if T == 9 else None, past_key_values=state)
