@@ -1,5 +1,6 @@
 """`tnl plan`: its memory against what autograd keeps and what DeepSpeed holds, and what it prints."""
 
+import contextlib
 import gc
 import json
 import subprocess
@@ -108,8 +109,13 @@ def small_run(*overrides: str) -> PretrainSettings:
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.layout == torch.strided]
-    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+    # torch.compile leaves tensors of other classes behind, which have no memory.
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    sizes = {}
+    for storage in (x.untyped_storage() for x in tensors):
+        with contextlib.suppress(RuntimeError):  # torch.compile leaves tensors without memory behind
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def allocations(function) -> tuple[int, int]:

@@ -355,3 +355,9 @@ def test_wandb_without_a_key_is_refused_with_the_cure(shards, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
         train(tiny_run(shards, tmp_path / "run", "logging.wandb=online"))
+
+
+def test_a_setting_refused_before_the_first_step_can_be_corrected_in_the_same_folder(shards, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.compile"):
+        pretrain(tiny_run(shards, tmp_path / "run", "train.compile=true", "train.steps=3"))
+    assert pretrain(tiny_run(shards, tmp_path / "run", "train.steps=3")) == "finished"
