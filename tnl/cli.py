@@ -4,6 +4,7 @@ Heavy imports happen inside them, so that ``tnl --help`` is quick.
 """
 
 import errno
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -412,6 +413,9 @@ def main() -> None:
 
     Usage errors (2) and the interrupt key (130) are typer's.
     """
+    # transformers imports torchao where it is installed, and that complains of GPU kernels and of itself to torch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:
