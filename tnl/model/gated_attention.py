@@ -1,5 +1,7 @@
 """What both token mixers of TNL are made of: lightning attention from a state, and the gated norm behind it."""
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_step
@@ -25,7 +27,8 @@ def gated_norm(o: torch.Tensor, gate: torch.Tensor, norm_type: str) -> torch.Ten
 
 
 class GatedAttention(nn.Module):
-    """The base of a token mixer: its heads, their decay, and attention. A subclass sets ``lrpe``, a module or None."""
+    """The base of a token mixer: its heads, their decay, and attention. A subclass sets ``out_proj`` and ``lrpe``,
+    a module or None."""
 
     def __init__(self, config: TransnormerConfig, layer: int):
         super().__init__()
@@ -38,23 +41,43 @@ class GatedAttention(nn.Module):
         """The encoding of q and k in this layer, None where it has none."""
         return Lrpe(self.num_heads, self.head_dim, config.lrpe_phase_dtype) if config.uses_lrpe(layer) else None
 
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        output_final_state: bool,
+        is_step: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None).
+
+        ``is_step``: one token of each sequence, T = 1, which updates ``initial_state`` in place.
+        """
+        sequence = dict(initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+        o, gate, state = self.mix(x, positions, is_step, sequence)
+        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+
+    @abstractmethod
+    def mix(
+        self, x: torch.Tensor, positions: torch.Tensor | None, is_step: bool, sequence: dict
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> (o [B, T, H, V], gate [B, T, H * V], final state); ``sequence`` is for the attention op."""
+
     def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
         is_step: bool,
+        sequence: dict,
         *,
         activation: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q, k, v [B, T, H, K] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
 
-        ``activation`` of q and k is applied first, then LRPE. ``is_step``: one token of each sequence, T = 1, which
-        updates ``initial_state`` in place.
+        ``activation`` of q and k is applied first, then LRPE.
         """
         slopes = slopes_tensor(self.slopes, q.device)
         if activation is not None and (self.lrpe is not None or not is_step):
@@ -62,14 +85,7 @@ class GatedAttention(nn.Module):
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)  # [B, T, H, 2K]
         if is_step:
-            o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
-            return o.unsqueeze(1), initial_state
-        return lightning_attention(
-            q,
-            k,
-            v,
-            slopes,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+            state = sequence["initial_state"]
+            o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, activation=activation)
+            return o.unsqueeze(1), state
+        return lightning_attention(q, k, v, slopes, **sequence)

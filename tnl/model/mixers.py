@@ -7,7 +7,7 @@ from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
 from tnl.model.decay import slopes_tensor
-from tnl.model.gated_attention import GatedAttention, gated_norm
+from tnl.model.gated_attention import GatedAttention
 
 
 class TokenMixer(GatedAttention):
@@ -19,42 +19,18 @@ class TokenMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
-        is_step: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+    def mix(self, x, positions, is_step, sequence):
+        """See `GatedAttention.mix`."""
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
         if self.lrpe is None and not is_step:
-            o, u, state = lightning_attention_packed(
-                qkvu,
-                slopes_tensor(self.slopes, x.device),
-                num_heads=self.num_heads,
-                activation=self.activation,
-                initial_state=initial_state,
-                output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens,
+            slopes = slopes_tensor(self.slopes, x.device)
+            return lightning_attention_packed(
+                qkvu, slopes, num_heads=self.num_heads, activation=self.activation, **sequence
             )
-        else:
-            q, k, v, u = qkvu.chunk(4, dim=-1)
-            q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
-            o, state = self.attend(
-                q,
-                k,
-                v,
-                positions,
-                cu_seqlens,
-                initial_state,
-                output_final_state,
-                is_step,
-                activation=self.activation,
-            )
-        return self.out_proj(gated_norm(o.flatten(2), u, self.norm_type)), state
+        q, k, v, u = qkvu.chunk(4, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
+        o, state = self.attend(q, k, v, positions, is_step, sequence, activation=self.activation)
+        return o, u, state
 
 
 class LowRankGateMixer(GatedAttention):
@@ -73,22 +49,13 @@ class LowRankGateMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
-        is_step: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+    def mix(self, x, positions, is_step, sequence):
+        """See `GatedAttention.mix`."""
         qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
-        o, state = self.attend(q, k, v, positions, cu_seqlens, initial_state, output_final_state, is_step)
-        gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
-        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+        o, state = self.attend(q, k, v, positions, is_step, sequence)
+        return o, torch.sigmoid(self.output_gate(x)), state
 
 
 def token_mixer(config: TransnormerConfig, layer: int) -> GatedAttention:
