@@ -35,7 +35,7 @@ def torchao_int4(**options):
 class Method:
     """A quantiser, how far logits of random weights may move, and its bytes for four of the blocks' weights in fp32."""
 
-    library: str
+    package: str
     make: callable
     bound: float
     share: float
@@ -54,7 +54,7 @@ METHODS = {
 
 @pytest.fixture(params=METHODS)
 def method(request) -> Method:
-    pytest.importorskip(METHODS[request.param].library)
+    pytest.importorskip(METHODS[request.param].package)
     return METHODS[request.param]
 
 

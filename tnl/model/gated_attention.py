@@ -1,5 +1,6 @@
 """What both token mixers of TNL are made of: lightning attention from a state, and the gated norm behind it."""
 
+from abc import abstractmethod
 from functools import partial
 
 import torch
@@ -28,7 +29,8 @@ def gated_norm(o: torch.Tensor, gate: torch.Tensor, norm_type: str) -> torch.Ten
 
 
 class GatedAttention(nn.Module):
-    """The base of a token mixer: its heads, their decay, and attention. A subclass sets ``lrpe``, a module or None."""
+    """The base of a token mixer: its heads, their decay, and attention. A subclass sets ``out_proj`` and ``lrpe``,
+    a module or None."""
 
     def __init__(self, config: TransnormerConfig, layer: int):
         super().__init__()
@@ -41,6 +43,37 @@ class GatedAttention(nn.Module):
         """The encoding of q and k in this layer, None where it has none."""
         return Lrpe(self.num_heads, self.head_dim, config.lrpe_phase_dtype) if config.uses_lrpe(layer) else None
 
+    def forward(
+        self,
+        x: torch.Tensor,
+        slopes: torch.Tensor,
+        positions: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        output_final_state: bool,
+        is_step: bool,
+        exchange: StateExchange | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None).
+
+        ``is_step``: one token of each sequence, T = 1, which updates ``initial_state`` in place.
+        """
+        sequence = dict(initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+        o, gate, state = self.mix(x, slopes, positions, is_step, sequence, exchange)
+        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+
+    @abstractmethod
+    def mix(
+        self,
+        x: torch.Tensor,
+        slopes: torch.Tensor,
+        positions: torch.Tensor | None,
+        is_step: bool,
+        sequence: dict,
+        exchange: StateExchange | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] -> (o [B, T, H, V], gate [B, T, H * V], final state); ``sequence`` is for the attention op."""
+
     def attend(
         self,
         q: torch.Tensor,
@@ -48,27 +81,25 @@ class GatedAttention(nn.Module):
         v: torch.Tensor,
         slopes: torch.Tensor,
         positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
         is_step: bool,
+        sequence: dict,
+        exchange: StateExchange | None,
         *,
         activation: str | None = None,
-        exchange: StateExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """q, k, v [B, T, H, K], slopes fp32 [H] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
+        """q, k, v [B, T, H, K] -> (o [B, T, H, K], final state fp32 [N, H, K, V] or None).
 
-        ``activation`` of q and k is applied first, then LRPE. ``is_step``: one token of each sequence, T = 1, which
-        updates ``initial_state`` in place.
+        ``activation`` of q and k is applied first, then LRPE.
         """
         if activation is not None and (self.lrpe is not None or not is_step):
             q, k, activation = F.silu(q), F.silu(k), None
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)  # [B, T, H, 2K]
         if is_step:
-            o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, initial_state, activation=activation)
-            return o.unsqueeze(1), initial_state
-        attend = partial(lightning_attention, q, k, v, slopes, cu_seqlens=cu_seqlens)
+            state = sequence["initial_state"]
+            o = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, state, activation=activation)
+            return o.unsqueeze(1), state
+        attend = partial(lightning_attention, q, k, v, slopes)
         if exchange is not None:
             return exchange.attention(attend, q, k, v, slopes, activation=None)
-        return attend(initial_state=initial_state, output_final_state=output_final_state)
+        return attend(**sequence)

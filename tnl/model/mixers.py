@@ -8,8 +8,7 @@ from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.gated_attention import GatedAttention, gated_norm
-from tnl.model.sequence_parallel import StateExchange
+from tnl.model.gated_attention import GatedAttention
 
 
 class TokenMixer(GatedAttention):
@@ -21,50 +20,21 @@ class TokenMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        slopes: torch.Tensor,
-        positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
-        is_step: bool,
-        exchange: StateExchange | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+    def mix(self, x, slopes, positions, is_step, sequence, exchange):
+        """See `GatedAttention.mix`."""
         qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
         if self.lrpe is None and not is_step:
             attend = partial(
-                lightning_attention_packed,
-                qkvu,
-                slopes,
-                num_heads=self.num_heads,
-                activation=self.activation,
-                cu_seqlens=cu_seqlens,
+                lightning_attention_packed, qkvu, slopes, num_heads=self.num_heads, activation=self.activation
             )
             if exchange is None:
-                o, u, state = attend(initial_state=initial_state, output_final_state=output_final_state)
-            else:
-                q, k, v, _ = qkvu.unflatten(-1, (4, self.num_heads, -1)).unbind(2)  # [B, T, H, K]
-                o, u, state = exchange.attention(attend, q, k, v, slopes, self.activation)
-        else:
-            q, k, v, u = qkvu.chunk(4, dim=-1)
-            q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
-            o, state = self.attend(
-                q,
-                k,
-                v,
-                slopes,
-                positions,
-                cu_seqlens,
-                initial_state,
-                output_final_state,
-                is_step,
-                activation=self.activation,
-                exchange=exchange,
-            )
-        return self.out_proj(gated_norm(o.flatten(2), u, self.norm_type)), state
+                return attend(**sequence)
+            q, k, v, _ = qkvu.unflatten(-1, (4, self.num_heads, -1)).unbind(2)  # [B, T, H, K]
+            return exchange.attention(attend, q, k, v, slopes, self.activation)
+        q, k, v, u = qkvu.chunk(4, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
+        o, state = self.attend(q, k, v, slopes, positions, is_step, sequence, exchange, activation=self.activation)
+        return o, u, state
 
 
 class LowRankGateMixer(GatedAttention):
@@ -83,26 +53,13 @@ class LowRankGateMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        slopes: torch.Tensor,
-        positions: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        output_final_state: bool,
-        is_step: bool,
-        exchange: StateExchange | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, D], slopes fp32 [H] -> (out [B, T, D], final state fp32 [N, H, K, V] or None)."""
+    def mix(self, x, slopes, positions, is_step, sequence, exchange):
+        """See `GatedAttention.mix`."""
         qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
-        o, state = self.attend(
-            q, k, v, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange=exchange
-        )
-        gate = torch.sigmoid(self.output_gate(x))  # [B, T, H * K]
-        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+        o, state = self.attend(q, k, v, slopes, positions, is_step, sequence, exchange)
+        return o, torch.sigmoid(self.output_gate(x)), state
 
 
 def token_mixer(config: TransnormerConfig, layer: int) -> GatedAttention:

@@ -136,8 +136,8 @@ class StateExchange:
         """Run ``attend`` as a part of the attention over all slices.
 
         Args:
-            attend: takes ``initial_state`` and ``output_final_state``, and returns (o, ..., final state), with
-                gradients to q, k and v.
+            attend: takes ``initial_state``, ``output_final_state`` and ``cu_seqlens``, and returns (o, ..., final
+                state), with gradients to q, k and v.
             q, k: [B, T, H, K]; ``activation`` ("silu" or None) is applied to them here as inside ``attend``.
             v: [B, T, H, V].
             slopes: fp32 [H].
@@ -147,7 +147,9 @@ class StateExchange:
         """
         with torch.no_grad():
             initial_state = self._state_before(_activated(k, activation), v, slopes)
-        o, *others, final_state = attend(initial_state=initial_state, output_final_state=True)
+        o, *others, final_state = attend(
+            initial_state=initial_state, output_final_state=True, cu_seqlens=self.cu_seqlens
+        )
         return _LaterGradients.apply(o, final_state, q.detach(), slopes, activation, self), *others, None
 
     def _state_before(self, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:

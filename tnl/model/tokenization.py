@@ -101,9 +101,9 @@ class TransnormerTokenizer(PreTrainedTokenizerFast):
     def _encode_plus(self, text, text_pair=None, *, return_offsets_mapping: bool = False, **kwargs) -> BatchEncoding:
         if self._processor is not None:
             if return_offsets_mapping:
-                raise NotImplementedError(
+                raise ValueError(
                     "return_offsets_mapping: this tokenizer.model replaces characters, so that its tokens have no "
-                    "offsets in the text"
+                    "offsets in the text; leave it out"
                 )
             text, text_pair = self._normalize(text), self._normalize(text_pair)
         return super()._encode_plus(text, text_pair, return_offsets_mapping=return_offsets_mapping, **kwargs)
