@@ -1,5 +1,6 @@
 # Sourced by the launchers: starts a command and returns the exit code of the run, which torchrun and deepspeed lose.
-#   supervise COMMAND...    the array arguments holds those of tnl pretrain: CONFIG [section.key=value ...]
+#   name_run ARGUMENTS...   those of tnl pretrain; the array run then holds CONFIG [section.key=value ...] of them
+#   supervise COMMAND...    after name_run
 # SIGTERM and Ctrl-C ask the run to save a checkpoint and stop, however long that takes; it then ends with 75.
 #
 # PYTHON    the interpreter to use; default that of .venv, or else python3
@@ -10,9 +11,21 @@ if [[ -z ${PYTHON:-} ]]; then
   [[ -x $PYTHON ]] || PYTHON=python3
 fi
 
+name_run() {
+  run=()
+  while (($#)); do
+    case $1 in
+      --resume) shift $(($# > 1)) ;; # and its value
+      -*) ;;
+      *) run+=("$1") ;;
+    esac
+    shift
+  done
+}
+
 ask_to_stop() {
   # A run that has not begun to train has nothing to save.
-  "$PYTHON" -m tnl stop "${arguments[@]}" || kill -TERM "$1" 2>/dev/null || true
+  "$PYTHON" -m tnl stop "${run[@]}" || kill -TERM "$1" 2>/dev/null || true
 }
 
 supervise() {
@@ -26,6 +39,6 @@ supervise() {
   while kill -0 "$child" 2>/dev/null; do
     wait "$child" || true
   done
-  "$PYTHON" -m tnl status "${arguments[@]}" --since "$since" || code=$?
+  "$PYTHON" -m tnl status "${run[@]}" --since "$since" || code=$?
   return "$code"
 }

@@ -5,10 +5,13 @@ import importlib
 import json
 import sys
 import weakref
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_processes import torchrun
 from tests.tiny_model import tiny_config
@@ -16,9 +19,11 @@ from tnl.model import TransnormerForCausalLM
 from tnl.model.baseline import llama_config
 from tnl.model.baseline_training import LlamaBaseline
 from tnl.model.flops import matmul_parameters
+from tnl.model.kinds import model_class, model_config
 from tnl.tools import bench_train
 from tnl.tools.bench_engines import Place, build, engine_version, join
-from tnl.tools.gemm_limit import last_of_blocks, linear_shapes
+from tnl.tools.gemm_limit import gemm_limit, last_of_blocks, linear_shapes
+from tnl.training.gradient_reduction import GradientReduction
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "kernels" / "benchmarks"))
@@ -124,6 +129,8 @@ def test_checkpointing_is_held_against_the_limit_with_recomputation(tnl_command,
         (row,) = rows_of(tnl_command, tmp_path, *options, *given)
         limit = found["limit"]
         assert row["limit_tgs"] == pytest.approx(32 / (limit.step_s + recomputed * limit.recompute_s)), mode
+        assert row["recomputed"] == recomputed
+        assert ("made twice" in bench_train.line(row)) == (recomputed > 0)
 
 
 def test_a_sequence_is_run_in_segments(tnl_command, tmp_path):
@@ -147,13 +154,64 @@ def test_the_products_are_those_of_the_parameters_that_multiply():
     assert last_of_blocks(TransnormerForCausalLM(config)) == {(32, 48): 2}
 
 
+class Products(TorchDispatchMode):
+    """The shapes of the matrix products that are computed outside of our own operators, and how often."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            self.found[(tuple(args[0].shape), tuple(args[1].shape))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def outside(function) -> Counter:
+    with Products() as products:
+        function()
+    return products.found
+
+
+def everywhere(function) -> Counter:
+    """The same also inside of them; one that a checkpoint breaks off before it is computed counts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    return Counter(tuple(map(tuple, event.input_shapes[:2])) for event in profile.events() if event.name == "aten::mm")
+
+
+def one_pass(engine, batch: dict) -> None:
+    engine(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss_sum.backward()
+
+
+@pytest.mark.parametrize("kind", ["tnl", "llama"])
+def test_the_limit_makes_the_products_of_a_step_and_no_other(kind, monkeypatch):
+    place = Place(0, 1, CPU)
+    model = bench_train.configuration.load(bench_train.ModelSettings, "model/tnl-tiny").model_dump(mode="json")
+    steps = {}
+    for mode in ("none", "full"):
+        given = [*SMALL, f"train.activation_checkpointing={mode}"]
+        settings = bench_train.settings_of(model, kind, 96, 96, 96, place, given)
+        config = model_config(settings.model, 96)
+        engine = build("torch", partial(model_class(config), config), settings, place)
+        (batch,) = bench_train.micro_batches(settings, config.vocab_size, 1, place)
+        steps[mode] = partial(one_pass, engine, batch)
+    timed = []
+    monkeypatch.setattr("tnl.tools.gemm_limit._median_s", lambda function, device: timed.append(function) or 1.0)
+    with torch.device("meta"):
+        gemm_limit(model_class(config)(config), 96, CPU, torch.float32)
+    whole, again = timed
+    assert everywhere(steps["none"]) == everywhere(whole)
+    assert outside(steps["full"]) - outside(steps["none"]) == outside(again)
+
+
 def test_what_does_not_fit_into_memory_is_a_row_and_the_next_length_goes_on(tnl_command, tmp_path, monkeypatch):
     real = bench_train.training_step
 
-    def step(engine, batches, train, place):
+    def step(engine, reduction, batches, train, place):
         if train.sequence_length == 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(engine, batches, train, place)
+        return real(engine, reduction, batches, train, place)
 
     monkeypatch.setattr(bench_train, "training_step", step)
     code, out, _ = tnl_command("bench", "train", *TINY, "--lengths", "32,64", "--json", tmp_path / "f.json")
@@ -172,7 +230,7 @@ def test_a_row_leaves_nothing_behind(engine):
     settings = bench_train.settings_of(model, "tnl", 16, 32, 16, place, SMALL)
     built = build(engine, lambda: TransnormerForCausalLM(settings.model.to_config()), settings, place)
     batches = bench_train.micro_batches(settings, 100, 2, place)
-    bench_train.training_step(built, batches, settings.train, place)
+    bench_train.training_step(built, GradientReduction(built, settings.train), batches, settings.train, place)
     watched = weakref.ref(built.module.model.layers[0].channel_mixer.l1.weight)
     built.destroy()
     del built
@@ -183,7 +241,7 @@ def test_a_row_leaves_nothing_behind(engine):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kinds", "tnl,mamba"], "--kinds: mamba: unknown, give some of tnl, llama, llama-cudnn"),
+        (["--kinds", "tnl,mamba"], "--kinds: mamba: unknown, give some of tnl, tnl-fla, llama, llama-cudnn"),
         (["--lengths", "24"], "--tokens-per-step: 64 in passes of 1 x 32 tokens do not divide into sequences of 24"),
         (["--lengths", "48"], "do not divide into sequences of 48"),
         (["train.micro_batch_size=3"], "train.micro_batch_size: not an override of a benchmark"),

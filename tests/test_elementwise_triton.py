@@ -16,7 +16,7 @@ from tnl_kernels.naive import (
     naive_sglu,
     naive_srmsnorm,
 )
-from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_fork_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
 from torch import library
 
 from tests.closeness import assert_close
@@ -107,6 +107,15 @@ def test_add_srmsnorm_equals_the_definition(dtype, wide, unused, D):
     if unused:
         dout[["y", "residual"].index(unused)] = None
     check(triton_add_srmsnorm, naive_add_srmsnorm, [x, residual], dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unused", [None, "y", "x"])
+def test_fork_srmsnorm_equals_the_definition(dtype, unused):
+    dout = [normal(2, 7, 96, dtype=dtype, seed=i) for i in (1, 2)]
+    if unused:
+        dout[["y", "x"].index(unused)] = None
+    check(triton_fork_srmsnorm, lambda x: (naive_srmsnorm(x), x), [normal(2, 7, 96, dtype=dtype)], dout)
 
 
 def test_add_srmsnorm_casts_the_gradient_to_each_dtype():

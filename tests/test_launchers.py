@@ -15,6 +15,7 @@ import yaml
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree
 from tnl.training.commit import CheckpointStore
+from tnl.training.lock import RunLock
 from tnl.training.status import read_status, write_status
 
 ROOT = Path(__file__).parent.parent
@@ -60,13 +61,14 @@ def folder(tmp_path_factory):
 
 def test_two_nodes_equal_one_and_save_when_asked(folder):
     config, one, two = folder / "tiny.yaml", folder / "one", folder / "two"
-    node = launch("launch_node.sh", config, f"output={one}", "train.steps=6", GPUS="2")
+    # What is pretrain's alone must not reach tnl status and tnl stop.
+    node = launch("launch_node.sh", config, f"output={one}", "train.steps=6", "--fresh")
     text = node.communicate(timeout=200)[0]
     assert node.returncode == 0, text
     assert read_status(one)["state"] == "finished"
 
     place = f"127.0.0.1:{free_port()}"
-    endless = [config, f"output={two}", "train.steps=100000"]
+    endless = ["--resume", "auto", config, f"output={two}", "train.steps=100000"]
     # A constant rate: how long a run is meant to be does not change its first steps.
     nodes = [launch("launch_nodes.sh", 2, rank, place, *endless, "schedule.name=constant") for rank in (0, 1)]
     end = time.monotonic() + 200
@@ -97,6 +99,20 @@ def test_status_ends_with_the_code_of_the_run(tmp_path, tnl_command, state, code
     assert (found, err) == (code, "")
     assert "running at step 3 of 12" in out
     assert tnl_command("status", tmp_path, "--since", time.time() + 60)[0] == 2
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path, tnl_command):
+    lock = RunLock(tmp_path)
+    write_status(tmp_path, "running", 3, 12)
+    assert "running at step 3 of 12" in tnl_command("status", tmp_path)[1]
+    lock.close()
+    code, out, _ = tnl_command("status", tmp_path)
+    assert code == 70
+    assert "killed at step 3 of 12" in out
+    assert tnl_command("stop", tmp_path)[2] == f"error: {tmp_path}: killed, nothing to stop\n"
+    # Whether one of another machine is gone cannot be known here.
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere"}))
+    assert "running at step 3 of 12" in tnl_command("status", tmp_path)[1]
 
 
 def test_status_and_stop_find_the_run_of_a_configuration(folder, tmp_path, tnl_command):
@@ -147,17 +163,18 @@ def test_a_slurm_job_goes_back_into_the_queue_when_its_run_can_go_on(
     output = tmp_path / "run"
     output.mkdir()
     write_status(output, "preempted", 5, 12, exit_code=75)
-    stubs = {"srun": "exit 1", "scontrol": f'echo "$*" >>"{tmp_path}/asked"; echo localhost'}
+    given = tmp_path / "given"
+    stubs = {"srun": f'echo "$*" >"{given}"; exit 1', "scontrol": f'echo "$*" >>"{tmp_path}/asked"; echo localhost'}
     if code is not None:
         ended = json.dumps(
             {"state": "failed", "step": 6, "total_steps": 12, "time": time.time() + 60, "exit_code": code}
         )
-        stubs["srun"] = f"echo '{ended}' >'{output}/run_status.json'; exit 1"
+        stubs["srun"] = f"echo '{ended}' >'{output}/run_status.json'; {stubs['srun']}"
     (tmp_path / "bin").mkdir()
     for name, text in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    given = {
+    variables = {
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "localhost",
@@ -167,8 +184,12 @@ def test_a_slurm_job_goes_back_into_the_queue_when_its_run_can_go_on(
         "SLURM_RESTART_COUNT": str(restarts),
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
-    job = launch("slurm.sbatch", folder / "tiny.yaml", f"output={output}", **given)
+    named = [str(folder / "tiny.yaml"), f"output={output}"]
+    job = launch("slurm.sbatch", "--fresh", *named, "--resume=3", "--resume", "5", **variables)
     text = job.communicate(timeout=100)[0]
     assert job.returncode == expected, text
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["show hostnames localhost", *["requeue 7"] * is_queued]
+    # What comes back from the queue goes on where it stopped.
+    command = " ".join(["tnl pretrain", *(named if restarts else ["--fresh", *named, "--resume=3", "--resume 5"])])
+    assert given.read_text().strip().endswith(command)

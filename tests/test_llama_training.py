@@ -62,6 +62,14 @@ def test_packed_documents_are_exactly_those_alone(kv_heads):
     assert_close("logits", model(ids, cu_seqlens=cu_seqlens).logits, alone)
 
 
+@pytest.mark.gpu
+def test_packed_documents_are_those_alone_in_one_call_of_flash_attention():
+    model, (ids, cu_seqlens) = tiny_llama().cuda().bfloat16(), packed_ids()
+    ids = ids.cuda()
+    alone = torch.cat([model(document).logits for document in ids.split(LENGTHS, 1)], 1)
+    assert_close("logits", model(ids, cu_seqlens=cu_seqlens.cuda()).logits, alone, 2e-2)
+
+
 def test_a_token_of_one_document_changes_no_other():
     model, (ids, cu_seqlens) = tiny_llama(), packed_ids()
     before = model(ids, cu_seqlens=cu_seqlens).logits

@@ -2,6 +2,7 @@
 
 import io
 import json
+import statistics
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from rich.console import Console
 
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_run, trajectory
+from tnl.data.loader import TrainLoader, num_labelled
+from tnl.data.shards import ShardSet
 from tnl.errors import ConfigError
+from tnl.model import TransnormerForCausalLM
 from tnl.tools.report import report
+from tnl.training.deepspeed_import import deepspeed
 from tnl.training.pretrain import pretrain
 from tnl.training.timing import PHASES, StepTimer
 
@@ -34,27 +39,56 @@ def observed(shards, tmp_path_factory):
 
 
 def test_the_phases_add_up_to_the_step(observed):
+    left = []
     for row in rows(observed):
         parts = [row[f"{phase}_s"] for phase in PHASES]
         assert all(part >= 0 for part in parts)
         assert row["backward_s"] > 0
-        # What is left is the gathering of what is logged.
-        assert sum(parts) <= row["step_time_s"]
-        assert sum(parts) > 0.5 * row["step_time_s"] or row["step"] in (2, 3)  # a trace stops the clock for long
+        left.append(1 - sum(parts) / row["step_time_s"])
         assert row["peak_memory_bytes"] is None  # of a GPU only
+    # Reading the loss; the median, for another process may get the core meanwhile.
+    assert -1e-6 < statistics.median(left) < 0.01
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_norms_of_blocks_are_the_same_at_every_stage(stage, observed, shards, tmp_path):
-    found = rows(run(shards, tmp_path / "run", "logging.layer_norms_every=2", f"train.zero_stage={stage}"), "layers")
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ("train.zero_stage=0", 1e-4),
+        ("train.zero_stage=1", 1e-4),
+        ("train.zero_stage=3", 1e-4),
+        ("train.zero_stage=3 train.offload_optimizer=cpu", 1e-4),
+        ("train.zero_stage=2 train.precision=bf16", 2e-2),
+        ("train.zero_stage=1 train.precision=fp16 train.loss_scale_power=8", 2e-3),
+        ("train.zero_stage=3 train.precision=fp16 train.loss_scale_power=8", 2e-3),
+    ],
+)
+def test_norms_of_blocks_are_the_same_at_every_stage_and_precision(
+    overrides, tolerance, observed, shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(type(deepspeed.accelerator.get_accelerator()), "is_fp16_supported", lambda self: True)
+    found = rows(run(shards, tmp_path / "run", "logging.layer_norms_every=2", *overrides.split()), "layers")
     expected = rows(observed, "layers")
     assert [row["step"] for row in found] == [2, 4]
     for a, b in zip(found, expected, strict=True):
-        assert a["grad_norms"] == pytest.approx(b["grad_norms"], rel=1e-4)
+        assert a["grad_norms"] == pytest.approx(b["grad_norms"], rel=tolerance)
         assert len(a["grad_norms"]) == 2
         # The blocks are a part of the model.
         whole = rows(observed)[a["step"] - 1]["grad_norm"]
         assert 0 < sum(norm**2 for norm in a["grad_norms"]) < whole**2
+
+
+def test_norms_of_blocks_are_those_of_the_gradients(shards, tmp_path):
+    """Of the first step, made again by autograd alone."""
+    settings = tiny_run(shards, tmp_path / "run", "train.steps=3", "train.zero_stage=2", "logging.layer_norms_every=1")
+    pretrain(settings, console=Console(file=io.StringIO()))
+    torch.manual_seed(settings.seed)
+    model = TransnormerForCausalLM(settings.model.to_config()).train()
+    (batches,) = TrainLoader(ShardSet.open(shards), 32, 4, 2, seed=settings.seed).steps(0, 1)
+    for batch in batches:
+        batch.pop("sample_ids")
+        (model(**batch).loss_sum / sum(map(num_labelled, batches))).backward()
+    expected = [torch.stack([p.grad.norm() for p in block.parameters()]).norm().item() for block in model.model.layers]
+    assert rows(tmp_path / "run", "layers")[0]["grad_norms"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_looking_changes_nothing(observed, shards, tmp_path):
@@ -81,11 +115,19 @@ def test_the_page_shows_time_norms_and_plots(observed):
     assert "<script" not in page
 
 
-def test_a_timer_counts_each_phase_once():
+def test_a_timer_counts_each_phase_and_nothing_between_steps(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("tnl.training.timing.time.perf_counter", lambda: now)
     timer = StepTimer(torch.device("cpu"))
-    for phase in ("data", "forward", "backward", "forward", "reduce"):
-        timer.mark(phase)
-    split = timer.split()
-    assert list(split) == [f"{phase}_s" for phase in PHASES]
-    assert split["optimizer_s"] == split["reduce_s"] == 0 < split["forward_s"]
-    assert timer.split() == dict.fromkeys(split, 0.0)
+    for _ in range(2):
+        timer.begin()
+        for phase, seconds in (("forward", 1), ("backward", 2), ("forward", 4), ("reduce", 8)):
+            now += seconds
+            timer.mark(phase)
+        now += 16
+        timer.end()
+        split = timer.split()
+        found = {phase: split.pop(f"{phase}_s") for phase in PHASES}
+        assert found == {"data": 1, "forward": 2 + 8, "backward": 4, "optimizer": 0, "reduce": 16}
+        assert split == {"step_time_s": 31}
+        now += 1000  # an evaluation

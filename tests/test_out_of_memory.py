@@ -23,7 +23,7 @@ def test_a_run_ends_with_the_plan_and_the_cures(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError(TEXT)
 
-    monkeypatch.setattr("tnl.training.pretrain._train_step", full)
+    monkeypatch.setattr("tnl.training.pretrain.TrainStep.run", full)
     with pytest.raises(ConfigError, match="rank 0 is out of GPU memory: CUDA out of memory") as error:
         pretrain(settings)
     text = str(error.value)

@@ -153,6 +153,19 @@ def test_resuming_an_older_step_sets_newer_checkpoints_aside(shards, straight, t
     assert trajectory(output) == trajectory(straight)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"resume": "7"}, "no such checkpoint .* steps there: none"),
+        ({"resume": "7", "fresh": True}, "only one of them"),
+    ],
+)
+def test_a_resume_of_nothing_leaves_no_folder(shards, tmp_path, how, message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        train(tiny_run(shards, tmp_path / "run"), **how)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", ["none", "banana", "-1"])
 def test_a_resume_that_is_no_step_is_a_usage_error(shards, straight, resume):
     with pytest.raises(ConfigError, match="--resume"):
@@ -333,11 +346,16 @@ def test_wandb_offline_records_the_run_without_the_command_line(shards, tmp_path
         ("model.vocab_size=300", "model.vocab_size"),
         ("train.sequence_length=1000000", "train.sequence_length"),
         ("output={folder}/r[1]", "patterns"),
+        ("train.compile=true", "train.compile"),
+        (
+            "train.global_batch_size=6 train.micro_batch_size=3 train.sequence_parallel=2",
+            "do not divide into groups of 2",
+        ),
     ],
 )
 def test_what_is_refused_leaves_no_folder(shards, tmp_path, override, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        train(tiny_run(shards, tmp_path / "run", override.format(folder=tmp_path)))
+        train(tiny_run(shards, tmp_path / "run", *override.format(folder=tmp_path).split()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -349,15 +367,10 @@ def test_until_its_first_checkpoint_a_run_may_be_corrected(shards, tmp_path, mon
     assert train(tiny_run(shards, tmp_path / "run", "optimizer.lr=1e-3"))[0] == "finished"
 
 
-def test_wandb_without_a_key_is_refused_with_the_cure(shards, tmp_path, monkeypatch):
+def test_wandb_without_a_key_is_refused_and_can_be_corrected_in_the_same_folder(shards, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
         train(tiny_run(shards, tmp_path / "run", "logging.wandb=online"))
-
-
-def test_a_setting_refused_before_the_first_step_can_be_corrected_in_the_same_folder(shards, tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.compile"):
-        pretrain(tiny_run(shards, tmp_path / "run", "train.compile=true", "train.steps=3"))
-    assert pretrain(tiny_run(shards, tmp_path / "run", "train.steps=3")) == "finished"
+    assert train(tiny_run(shards, tmp_path / "run", "train.steps=3"))[0] == "finished"

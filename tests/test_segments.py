@@ -219,7 +219,7 @@ def test_heldout_windows_in_pieces_have_the_loss_of_whole_windows(shards):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_window():
     worker = [sys.executable, "tests/segment_memory.py"]
-    parts = ["8192:2048:exact", "65536:2048:truncated", "65536:2048:exact", "16384:16384:truncated"]
+    parts = ["4096:1024:exact", "16384:1024:truncated", "16384:1024:exact", "16384:16384:truncated"]
     done = subprocess.run(
         [*worker, *parts], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )

@@ -22,9 +22,11 @@ from tnl.model.loss import IGNORE_INDEX
 from tnl.model.sequence_parallel import SequenceShard, exchanged_bytes
 from tnl.training.engine import deepspeed_config
 from tnl.training.pretrain import pretrain
+from tnl.training.status import read_status
 
 ROOT = Path(__file__).parent.parent
 RELATIVE = 1e-5
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def folder(shards, tmp_path_factory):
     """What four ranks left, from one start of the processes."""
     folder = tmp_path_factory.mktemp("ranks")
     tree = tiny_tree(shards, folder / "run")
-    tree["train"]["steps"] = 6
+    tree["train"]["steps"] = STEPS
+    tree["checkpoint"] = {"every": STEPS - 1}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -78,7 +81,7 @@ def test_traffic_is_one_state_per_layer_and_direction_and_does_not_depend_on_the
 def alone(shards, tmp_path_factory):
     """The run folder of one process with whole windows."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    pretrain(tiny_run(shards, output, "train.steps=6"))
+    pretrain(tiny_run(shards, output, f"train.steps={STEPS}"))
     return output
 
 
@@ -94,8 +97,14 @@ def test_a_run_of_ranks_that_share_windows_is_the_run_of_one(folder, alone, name
 
 def test_a_resumed_run_repeats_its_steps_bit_for_bit(found):
     for rank in found:
-        assert len(rank["straight"]) == 6
+        assert len(rank["straight"]) == STEPS
         assert rank["resumed"] == rank["straight"]
+
+
+def test_the_rank_that_fails_says_why_and_not_those_that_wait_for_it(folder):
+    status = read_status(folder / "failed")
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert status["error"].startswith("rank 2 is out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_the_run_prints_what_ranks_receive(folder):

@@ -23,6 +23,7 @@ LINES = [
 # The same for the kinds of `tnl bench train`.
 KINDS = [
     ("tnl", "TNL", "#0b6e4f", "o-"),
+    ("tnl-fla", "TNL, fla's kernel in plain PyTorch", "#d1495b", "s--"),
     ("llama", "LLaMA, FlashAttention (torch)", "#3d5a80", "^-"),
     ("llama-cudnn", "LLaMA, cuDNN attention", "#8d99ae", "v--"),
 ]
@@ -47,7 +48,8 @@ def draw_training(result: dict, path: Path) -> None:
         if found:
             lengths = [row["length"] for row in found]
             axes.plot(lengths, [row["tgs"] for row in found], style, ms=4, lw=1.8, color=color, label=title)
-            axes.plot(lengths, [row["limit_tgs"] for row in found], ":", lw=1, color=color)
+            if kind != "tnl-fla":  # whose limit is TNL's
+                axes.plot(lengths, [row["limit_tgs"] for row in found], ":", lw=1, color=color)
     scale_lengths(axes, sorted({row["length"] for row in result["rows"]}))
     axes.set_ylim(bottom=0)
     axes.set(xlabel="sequence length, tokens", ylabel="tokens per GPU and second")

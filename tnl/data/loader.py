@@ -137,16 +137,9 @@ class TrainLoader:
         packing: bool = True,
         num_workers: int = 0,
     ) -> None:
-        """Raises `ConfigError` when the batch sizes do not divide, `DataError` when the data do not fill one window."""
-        if micro_batch < 1 or global_batch < 1:
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch} and train.micro_batch_size: {micro_batch} must be at least 1"
-            )
-        if global_batch % (micro_batch * world_size):
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch} is not a multiple of train.micro_batch_size {micro_batch} "
-                f"times {world_size} processes; set it to a multiple of {micro_batch * world_size}"
-            )
+        """Raises as `Windows` does; that the batch sizes divide is the caller's promise."""
+        assert global_batch > 0
+        assert global_batch % (micro_batch * world_size) == 0
         assert 0 <= rank < world_size
         assert 0 <= sequence_rank < sequence_size
         assert seq_len % sequence_size == 0

@@ -101,12 +101,13 @@ def kept_memory(config: TransnormerConfig, layer: int, tokens: int, dtype: torch
 def head_memory(config: TransnormerConfig, tokens: int, dtype: torch.dtype) -> HeadMemory:
     """Bytes that the loss of ``tokens`` tokens holds, on a GPU."""
     D, V = config.decoder_embed_dim, config.vocab_size
+    return HeadMemory(2 * tokens * D * dtype.itemsize, *loss_memory(D, V, tokens, dtype))
+
+
+def loss_memory(D: int, V: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the gradients that are made with the loss, and of the logits of one of its chunks, on a GPU."""
     rows = min(tokens, chunk_rows(tokens, V, torch.device("cuda")))
-    return HeadMemory(
-        stream=2 * tokens * D * dtype.itemsize,
-        gradients=tokens * D * dtype.itemsize + V * D * FP32_BYTES,
-        logits=rows * V * dtype.itemsize,
-    )
+    return tokens * D * dtype.itemsize + V * D * FP32_BYTES, rows * V * dtype.itemsize
 
 
 def segment_state_memory(config: TransnormerConfig, sequences: int, length: int) -> int:

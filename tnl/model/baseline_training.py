@@ -55,6 +55,8 @@ def packed_attention(
         groups = module.num_key_value_groups
         q, k, v = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))  # [T, H, K]
         offsets = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        # A window of all tokens before and none behind: how torch 2.11 and later say causal. (2.10 said is_causal, and
+        # took no scale.)
         return varlen_attn(q, k, v, *offsets, scale=scaling, window_size=(-1, 0)).unsqueeze(0), None
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)

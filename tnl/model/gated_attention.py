@@ -4,8 +4,9 @@ from abc import abstractmethod
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_step
+from tnl_kernels import gated_srmsnorm, lightning_attention, lightning_attention_step, split_gated_srmsnorm
 from tnl_kernels.dtypes import compute_dtype
 from torch import nn
 
@@ -13,15 +14,22 @@ from tnl.model.configuration import TransnormerConfig
 from tnl.model.decay import decay_slopes
 from tnl.model.lrpe import Lrpe
 from tnl.model.sequence_parallel import StateExchange
+from tnl.model.tensor_parallel import project_back
 
 
-def gated_norm(o: torch.Tensor, gate: torch.Tensor, norm_type: str) -> torch.Tensor:
+def gated_norm(
+    o: torch.Tensor, gate: torch.Tensor, norm_type: str, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """``gate * norm(o)`` over the full width (all heads), without a weight, rounded once.
 
     Args:
         o, gate: [B, T, H * V] of one dtype.
         norm_type: ``simplermsnorm`` (eps 1e-6) or ``layernorm`` (eps 1e-5, torch's default).
+        group: the ranks that hold the other heads, as many each; simplermsnorm only.
     """
+    if group is not None:
+        width = o.shape[-1] * group.size()
+        return split_gated_srmsnorm(o, gate, width=width, total=partial(dist.all_reduce, group=group))
     if norm_type == "simplermsnorm":
         return gated_srmsnorm(o, gate)
     normed = F.layer_norm(o.to(compute_dtype(o.dtype)), o.shape[-1:])
@@ -38,6 +46,7 @@ class GatedAttention(nn.Module):
         self.activation = None if config.linear_act_fun == "none" else "silu"
         self.norm_type = config.mixer_norm_type
         self.slopes = decay_slopes(config.decay, self.num_heads, layer, config.decoder_layers)
+        self.tensor_group: dist.ProcessGroup | None = None  # ranks that hold the other heads, see tensor_parallel
 
     def new_lrpe(self, config: TransnormerConfig, layer: int) -> Lrpe | None:
         """The encoding of q and k in this layer, None where it has none."""
@@ -60,7 +69,8 @@ class GatedAttention(nn.Module):
         """
         sequence = dict(initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
         o, gate, state = self.mix(x, slopes, positions, is_step, sequence, exchange)
-        return self.out_proj(gated_norm(o.flatten(2), gate, self.norm_type)), state
+        normed = gated_norm(o.flatten(2), gate, self.norm_type, self.tensor_group)
+        return project_back(normed, self.tensor_group, self.out_proj), state
 
     @abstractmethod
     def mix(

@@ -3,12 +3,14 @@
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
 from tnl.model.gated_attention import GatedAttention
+from tnl.model.tensor_parallel import project, project_back
 
 
 class TokenMixer(GatedAttention):
@@ -22,7 +24,7 @@ class TokenMixer(GatedAttention):
 
     def mix(self, x, slopes, positions, is_step, sequence, exchange):
         """See `GatedAttention.mix`."""
-        qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
+        (qkvu,) = project(x, self.tensor_group, self.qkvu_proj)  # [B, T, 4 * H * K]
         if self.lrpe is None and not is_step:
             attend = partial(
                 lightning_attention_packed, qkvu, slopes, num_heads=self.num_heads, activation=self.activation
@@ -55,11 +57,12 @@ class LowRankGateMixer(GatedAttention):
 
     def mix(self, x, slopes, positions, is_step, sequence, exchange):
         """See `GatedAttention.mix`."""
-        qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
+        narrow, widen = self.output_gate
+        qkv, gate = project(x, self.tensor_group, self.qkv_proj, whole=(narrow,))  # [B, T, 3 * H * K], [B, T, gate_dim]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
         o, state = self.attend(q, k, v, slopes, positions, is_step, sequence, exchange)
-        return o, torch.sigmoid(self.output_gate(x)), state
+        return o, torch.sigmoid(widen(gate)), state
 
 
 def token_mixer(config: TransnormerConfig, layer: int) -> GatedAttention:
@@ -75,7 +78,8 @@ class ChannelMixer(nn.Module):
         self.l1 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=False)
         self.l2 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=False)
         self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=False)
+        self.tensor_group: dist.ProcessGroup | None = None  # ranks that hold the other channels, see tensor_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        return self.l3(sglu(self.l1(x), self.l2(x)))
+        return project_back(sglu(*project(x, self.tensor_group, self.l1, self.l2)), self.tensor_group, self.l3)

@@ -4,7 +4,7 @@ import pickle
 
 import torch
 from safetensors import SafetensorError
-from tnl_kernels import add_srmsnorm, srmsnorm
+from tnl_kernels import add_srmsnorm, fork_srmsnorm, srmsnorm
 from tnl_kernels.checks import check_cu_seqlens
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -33,8 +33,9 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange=None):
         """x [B, T, D], slopes fp32 [H] -> (x [B, T, D], final state [N, H, K, V] or None)."""
+        y, x = fork_srmsnorm(x)
         mixed, state = self.token_mixer(
-            srmsnorm(x), slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange
+            y, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange
         )
         y, x = add_srmsnorm(mixed, x)
         return x + self.channel_mixer(y), state

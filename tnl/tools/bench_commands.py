@@ -98,7 +98,8 @@ def bench_train(
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of an optimizer step, over all GPUs.", min=2)] = 131072,
     micro_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass of one GPU.", min=2)] = 16384,
     kinds: Annotated[
-        str, typer.Option(help="Of tnl, llama (FlashAttention of PyTorch) and llama-cudnn.")
+        str,
+        typer.Option(help="Of tnl, tnl-fla (fla's kernel in plain PyTorch), llama (FlashAttention) and llama-cudnn."),
     ] = "tnl,llama",
     steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.", min=1)] = 5,
     warmup: Annotated[int, typer.Option(help="Steps before them.", min=1)] = 2,
@@ -116,6 +117,8 @@ def bench_train(
     Examples:
 
         tnl bench train tnl-1b --json train.json
+
+        tnl bench train tnl-1b --kinds tnl,tnl-fla,llama --lengths 16384
 
         tnl bench train tnl-1b train.activation_checkpointing=full --lengths 16384,131072 --kinds tnl
 

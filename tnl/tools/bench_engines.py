@@ -112,6 +112,10 @@ class TorchEngine:
         assert not scale_wrt_gas
         (loss / self.place.world_size).backward()
 
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the pass just made is the last of its step."""
+        return self._passes == self.num_passes - 1
+
     @torch.no_grad()
     def step(self) -> None:
         """Update the weights after the last backward pass of a step; nothing before."""

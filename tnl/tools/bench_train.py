@@ -8,6 +8,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ from tnl.errors import ConfigError
 from tnl.model.kinds import model_class, model_config, num_parameters, training_flops_per_token
 from tnl.model.sequence_parallel import SequenceShard
 from tnl.model.settings import ModelSettings
+from tnl.tools import bench_fla
 from tnl.tools.bench_engines import EngineName, Place, build, default_engine, engine_version, join, sequence_group
 from tnl.tools.bench_models import described, numbers, peak_gib, seconds, start_peak
 from tnl.tools.gemm_limit import GemmLimit, gemm_limit
+from tnl.training.gradient_reduction import GradientReduction
 from tnl.training.hardware import peak_flops
 from tnl.training.segments import segment_losses
 from tnl.training.settings import PretrainSettings, TrainSettings
@@ -31,6 +34,7 @@ from tnl.training.settings import PretrainSettings, TrainSettings
 # Kind of the table -> kind of the model, and the backend of PyTorch's attention that a GPU must take.
 KINDS = {
     "tnl": ("tnl", None),
+    bench_fla.KIND: ("tnl", None),
     "llama": ("llama", SDPBackend.FLASH_ATTENTION),
     "llama-cudnn": ("llama", SDPBackend.CUDNN_ATTENTION),
 }
@@ -54,6 +58,7 @@ def bench_train(
     overrides: list[str],
     json_file: Path | None,
     report: Callable[[str], None],
+    plain_attention: bench_fla.Attention | None = None,
 ) -> dict:
     """Measure and print; returns, and after each row writes to ``json_file``, the figures. Under torchrun data
     parallel, and rank 0 alone prints and writes.
@@ -69,9 +74,11 @@ def bench_train(
         engine: deepspeed, the training loop's, or torch; None takes the first if it is installed.
         overrides: keys of a run's configuration, of `SECTIONS`; ``train.segment_length`` cuts each sequence,
             ``train.sequence_parallel`` lets processes share it.
+        plain_attention: the kernel of the kind tnl-fla; None takes fla's.
 
     Raises:
-        ConfigError: there is no such model, kind or key, or the numbers do not divide.
+        ConfigError: there is no such model, kind or key, the numbers do not divide, or fla is not there or does not
+            compute what we do.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -86,8 +93,11 @@ def bench_train(
         for kind in kinds
         for length in lengths
     ]
-    if engine == "torch" and any(settings.deepspeed or settings.train.zero_stage > 2 for _, settings in cases):
-        raise ConfigError("train.zero_stage: 3 and deepspeed keys are for --engine deepspeed, this one shards nothing")
+    if engine == "torch" and any(_is_for_deepspeed(settings) for _, settings in cases):
+        raise ConfigError(
+            "train.zero_stage: 3, train.reduce_gradients and deepspeed keys are for --engine deepspeed; this one shards "
+            "nothing and reduces once a step"
+        )
     options = f"--lengths {numbers(lengths)} --tokens-per-step {tokens_per_step} --micro-tokens {micro_tokens}"
     options += f" --kinds {','.join(kinds)} --steps {steps} --warmup {warmup} --engine {engine}"
     result = described(" ".join(["tnl bench train", name, *overrides, options]), place.device) | {
@@ -102,9 +112,15 @@ def bench_train(
         f"{name} on {place.world_size} x {result['gpu'] or 'CPU'}, {result['dtype']}, {result['engine']}, "
         f"{tokens_per_step:,} tokens a step"
     )
+    plain = [settings for kind, settings in cases if kind == bench_fla.KIND]
+    if plain:
+        say("tnl-fla: fla's kernels are tuned and compared with ours, which may take minutes")
+        dtype = DTYPES[plain[0].train.precision]
+        plain_attention, result["fla"] = bench_fla.prepare(plain, plain_attention, place.device, dtype)
+        gc.collect()
     limits: dict[tuple, GemmLimit] = {}
     for kind, settings in cases:
-        row = measure(kind, settings, max(lengths), engine, place, steps, warmup, limits)
+        row = measure(kind, settings, max(lengths), engine, place, steps, warmup, limits, plain_attention)
         result["rows"].append(row)
         result["table"] = wide(result["rows"])
         say(line(row))
@@ -121,6 +137,10 @@ def bench_train(
     if place.rank == 0:
         save(result, json_file)
     return result
+
+
+def _is_for_deepspeed(settings: PretrainSettings) -> bool:
+    return bool(settings.deepspeed) or settings.train.zero_stage > 2 or settings.train.reduce_gradients != "every_pass"
 
 
 def settings_of(
@@ -180,6 +200,7 @@ def measure(
     steps: int,
     warmup: int,
     limits: dict,
+    plain_attention: bench_fla.Attention | None,
 ) -> dict:
     """The row of one kind and length; of one that does not fit into memory, without figures."""
     train, device = settings.train, place.device
@@ -195,6 +216,9 @@ def measure(
         "tgs": None,
         "oom": False,
     }
+    make = partial(model_class(config), config)
+    if kind == bench_fla.KIND:
+        make = partial(bench_fla.PlainTransnormer, config, plain_attention)
     backend = KINDS[kind][1] if device.type == "cuda" else None
     engine = None
     start_peak(device)
@@ -206,13 +230,16 @@ def measure(
             limits[key] = gemm_limit(shapes, num_tokens, device, dtype)
         start_peak(device)
         torch.manual_seed(SEED)
-        engine = build(engine_name, lambda: model_class(config)(config), settings, place)
+        engine = build(engine_name, make, settings, place)
+        reduction = GradientReduction(engine, train)
         batches = micro_batches(settings, config.vocab_size, row["passes"], place)
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             for _ in range(warmup):
-                training_step(engine, batches, train, place)
-            times = [seconds(lambda: training_step(engine, batches, train, place), device) for _ in range(steps)]
-            loss = training_step(engine, batches, train, place)
+                training_step(engine, reduction, batches, train, place)
+            times = [
+                seconds(lambda: training_step(engine, reduction, batches, train, place), device) for _ in range(steps)
+            ]
+            loss = training_step(engine, reduction, batches, train, place)
             if place.world_size > 1:
                 dist.all_reduce(loss)
             loss = loss.item()
@@ -228,7 +255,7 @@ def measure(
     finally:
         if engine is not None:
             engine.destroy()
-        engine = batches = None
+        engine = reduction = batches = None
         gc.collect()
     return row
 
@@ -249,15 +276,19 @@ def micro_batches(settings: PretrainSettings, vocab_size: int, count: int, place
     return batches
 
 
-def training_step(engine, batches: list[dict], train: TrainSettings, place: Place) -> torch.Tensor:
+def training_step(
+    engine, reduction: GradientReduction, batches: list[dict], train: TrainSettings, place: Place
+) -> torch.Tensor:
     """One optimizer step as the training loop makes it; this process's part of the mean loss, on the device."""
     labelled = train.global_batch_size * (train.sequence_length - 1)
     total = torch.zeros((), device=place.device)
-    for batch in batches:
-        for loss_sum in loss_sums(engine, batch, train, place):
-            engine.backward(loss_sum * (place.world_size / labelled), scale_wrt_gas=False)
-            engine.step()
-            total += loss_sum.detach()
+    with reduction.step():
+        for batch in batches:
+            for loss_sum in loss_sums(engine, batch, train, place):
+                engine.backward(loss_sum * (place.world_size / labelled), scale_wrt_gas=False)
+                reduction.end_pass()
+                total += loss_sum.detach()
+    engine.step()
     return total / labelled
 
 
@@ -279,13 +310,15 @@ def figures(settings: PretrainSettings, config, times: list[float], limit: GemmL
     per_process = train.global_batch_size * train.sequence_length / place.world_size
     tgs = per_process / statistics.median(times)
     modes = [train.recomputation(i) for i in range(settings.model.num_layers)]
-    limit_tgs = limit.tgs(recomputed=sum(mode in ("full", "selective") for mode in modes) / len(modes))
+    recomputed = sum(mode in ("full", "selective") for mode in modes) / len(modes)
+    limit_tgs = limit.tgs(recomputed)
     flops, _ = peak_flops(place.device, settings.logging.peak_tflops)
     return {
         "tgs": tgs,
         "step_s": times,
         "limit_tgs": limit_tgs,
         "of_limit": tgs / limit_tgs,
+        "recomputed": recomputed,
         "mfu": tgs * training_flops_per_token(config, train.sequence_length) / flops if flops else None,
     }
 
@@ -299,9 +332,11 @@ def wide(rows: list[dict]) -> list[dict]:
         entry[f"{row['kind']}_of_limit"] = row.get("of_limit")
         entry[f"{row['kind']}_peak_gib"] = row.get("peak_gib")
     for entry in found.values():
-        tnl, llama = entry.get("tnl_tgs"), entry.get("llama_tgs")
-        if isinstance(tnl, float) and isinstance(llama, float):
-            entry["times_llama"] = tnl / llama
+        tnl = entry.get("tnl_tgs")
+        for column, kind in (("times_fla", bench_fla.KIND), ("times_llama", "llama")):
+            other = entry.get(f"{kind}_tgs")
+            if isinstance(tnl, float) and isinstance(other, float):
+                entry[column] = tnl / other
     return list(found.values())
 
 
@@ -321,5 +356,6 @@ def line(row: dict) -> str:
         return f"{start}does not fit into memory"
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
     mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"
-    limit = f"{row['of_limit']:.1%} of the matrix products' {row['limit_tgs']:,.0f}"
+    again = ", made twice in part" if row["recomputed"] else ""
+    limit = f"{row['of_limit']:.1%} of the matrix products' {row['limit_tgs']:,.0f}{again}"
     return f"{start}{row['tgs']:>9,.0f} tokens/s per device, {limit}{mfu}{memory}"

@@ -46,7 +46,7 @@ def figures(settings: PretrainSettings, *, gpus: int, mfu: float, tokens: int | 
     """Everything that `plan` prints, with bytes, seconds and tokens as plain numbers.
 
     Raises:
-        ConfigError: the batch does not divide over the GPUs, or the model is no TNL.
+        ConfigError: the batch does not divide over the GPUs.
     """
     train = settings.train
     config = model_config(settings.model, train.sequence_length)
@@ -68,6 +68,7 @@ def figures(settings: PretrainSettings, *, gpus: int, mfu: float, tokens: int | 
             "micro_batch_size": train.micro_batch_size,
             "sequence_length": train.sequence_length,
             "sequence_parallel": train.sequence_parallel,
+            "tensor_parallel": train.tensor_parallel,
             "activation_checkpointing": train.activation_checkpointing,
             "tokens_per_step": per_step,
         },
@@ -76,6 +77,8 @@ def figures(settings: PretrainSettings, *, gpus: int, mfu: float, tokens: int | 
             "allowance_bytes": memory.allowance,
             "peak_at": memory.fullest,
             "parts_bytes": memory.parts,
+            "ram_bytes": memory.ram,
+            "disk_bytes": memory.disk,
             "moments_bytes": {name: sum(parts.values()) for name, parts in memory.moments.items()},
             "fits": {f"{size:g} GiB": needed <= size * GIB for size in gpu_memory},
         },
@@ -111,6 +114,8 @@ def plan(
     found = figures(settings, gpus=gpus, mfu=mfu, tokens=budget, gpu_memory=read_sizes(gpu_memory))
     report(format_rows("model", _model_rows(found)))
     report(format_rows(f"memory of each of {gpus} GPU(s), GiB, at its peak ({_moment(found)})", _memory_rows(found)))
+    if found["memory"]["ram_bytes"] or found["memory"]["disk_bytes"]:
+        report(format_rows(f"offloaded by each of {gpus} process(es), GiB", _offload_rows(found)))
     report(format_rows("fits", [(size, "yes" if fits else "no") for size, fits in found["memory"]["fits"].items()]))
     report(format_rows("time", _time_rows(found)))
     if json_file is not None:
@@ -133,7 +138,8 @@ def _model_rows(found: dict) -> list[tuple[str, str]]:
         (
             "layout",
             f"{layout['gpus']} GPU(s), {layout['precision']}, ZeRO {layout['zero_stage']}, activation checkpointing "
-            f"{layout['activation_checkpointing']}, sequence parallel {layout['sequence_parallel']}",
+            f"{layout['activation_checkpointing']}, sequence parallel {layout['sequence_parallel']}, tensor parallel "
+            f"{layout['tensor_parallel']}",
         ),
         (
             "batch",
@@ -148,6 +154,16 @@ def _memory_rows(found: dict) -> list[tuple[str, str]]:
     rows = [(part, f"{size / GIB:8.2f}") for part, size in memory["parts_bytes"].items()]
     rows.append(("all tensors", f"{memory['peak_bytes'] / GIB:8.2f}"))
     rows.append(("allowance for CUDA and NCCL", f"{memory['allowance_bytes'] / GIB:8.2f}"))
+    return rows
+
+
+def _offload_rows(found: dict) -> list[tuple[str, str]]:
+    rows = []
+    for place, key in (("RAM", "ram_bytes"), ("disk", "disk_bytes")):
+        parts = found["memory"][key]
+        rows += [(f"{part}, {place}", f"{size / GIB:8.2f}") for part, size in parts.items()]
+        if parts:
+            rows.append((f"all, {place}", f"{sum(parts.values()) / GIB:8.2f}"))
     return rows
 
 

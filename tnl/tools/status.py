@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tnl import config
 from tnl.errors import EXIT_INTERNAL, ConfigError
-from tnl.training.status import FILE, read_status
+from tnl.training.lock import is_abandoned
+from tnl.training.status import FILE, IN_PROGRESS, read_status
 from tnl.training.stop import STOP_FILE
 
 
@@ -30,6 +31,8 @@ def _recorded(run: Path) -> dict:
     found = read_status(run)
     if not found:
         raise ConfigError(f"{run / FILE}: not there or not readable; give the run folder, or what tnl pretrain got")
+    if found["state"] in IN_PROGRESS and is_abandoned(run):
+        found["state"] = "killed"  # and could not say so
     return found
 
 

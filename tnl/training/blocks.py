@@ -56,10 +56,27 @@ def _forward(layer: nn.Module, mode: str, run: Callable, *args, **kwargs):
     return _run(layer, "none", args, kwargs)
 
 
-def _mark_documents(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """The number of documents differs from batch to batch, and asks for no other code."""
-    if kwargs.get("cu_seqlens") is not None:
-        torch._dynamo.maybe_mark_dynamic(kwargs["cu_seqlens"], 0)
+def _run_marked(run: Callable, layer: nn.Module, mode: str, args: tuple, kwargs: dict):
+    """``run``, compiled, of a TNL's block: the number of documents differs from batch to batch, and asks for no other
+    code. One document with a state does, once: torch.compile takes a size of 1 for a constant."""
+    cu_seqlens, initial_state = args[3:5]
+    for tensor in (cu_seqlens, initial_state):
+        if cu_seqlens is not None and tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return run(layer, mode, args, kwargs)
+
+
+def check_compile(train: TrainSettings, device: torch.device) -> None:
+    """Refuse ``train.compile`` where it cannot be.
+
+    Raises:
+        ConfigError: the form of the operators that ``device`` uses cannot be compiled.
+    """
+    if train.compile and form_of(device) != "triton":
+        raise ConfigError(
+            f"train.compile: the operators' {form_of(device)} form, used on {device.type}, reads document bounds on "
+            "the host and cannot be compiled; set train.compile: false, or train on a GPU"
+        )
 
 
 def prepare_blocks(model: nn.Module, train: TrainSettings, device: torch.device, backend: str = "inductor") -> None:
@@ -68,24 +85,18 @@ def prepare_blocks(model: nn.Module, train: TrainSettings, device: torch.device,
     Equal blocks share one compilation: what differs between them (weights, slopes) is an argument of the code.
 
     Args:
-        model: a causal language model whose blocks are ``model.model.layers``.
+        model: a causal language model whose blocks are ``model.model.layers``; of a TNL to be compiled.
         backend: of torch.compile.
 
     Raises:
-        ConfigError: the device's form of the operators, or the model, cannot be compiled.
+        ConfigError: as `check_compile`.
     """
     if not train.compile and train.activation_checkpointing == "none":
         return
     run = _run
     if train.compile:
-        if form_of(device) != "triton":
-            raise ConfigError(
-                f"train.compile: the operators' {form_of(device)} form, used on {device.type}, reads document bounds "
-                "on the host and cannot be compiled; set train.compile: false, or train on a GPU"
-            )
-        if not isinstance(model.model.layers[0], TransnormerDecoderLayer):
-            raise ConfigError("train.compile: the blocks of a LLaMA are not compiled; set train.compile: false")
-        run = torch.compile(_run, fullgraph=True, backend=backend)
-        model.register_forward_pre_hook(_mark_documents, with_kwargs=True)
+        check_compile(train, device)
+        assert isinstance(model.model.layers[0], TransnormerDecoderLayer), "refused by PretrainSettings"
+        run = partial(_run_marked, torch.compile(_run, fullgraph=True, backend=backend))
     for index, layer in enumerate(model.model.layers):
         layer.forward = partial(_forward, layer, train.recomputation(index), run)

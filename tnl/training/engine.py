@@ -11,15 +11,19 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from tnl.errors import ConfigError, UserError, did_you_mean
+from tnl.training.batch_split import passes_per_step
 from tnl.training.blocks import prepare_blocks
 from tnl.training.deepspeed_import import deepspeed
-from tnl.training.initialization import partitioned_model
+from tnl.training.gradient_reduction import passes_of_engine
+from tnl.training.initialization import partitioned_model, sliced_model
 from tnl.training.memory import PREFETCH_BUCKET, REDUCE_BUCKET, overlaps
 from tnl.training.optimizer import build_optimizer
 from tnl.training.settings import PretrainSettings, TrainSettings
+from tnl.training.tensor_groups import TensorGroups
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ELSEWHERE = "another rank ended with an error; see its message"
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,7 +58,7 @@ class Ranks:
         if error is not None:
             raise error
         if code:
-            raise codes.get(int(code), UserError)("another rank ended with an error; see its message")
+            raise codes.get(int(code), UserError)(ELSEWHERE)
 
 
 def init_ranks() -> Ranks:
@@ -90,21 +94,6 @@ def init_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def data_parallel_size(train: TrainSettings, world_size: int) -> int:
-    """How many groups of ranks have windows of their own.
-
-    Raises:
-        ConfigError: the ranks do not divide into groups of ``train.sequence_parallel``.
-    """
-    if world_size % train.sequence_parallel:
-        raise ConfigError(
-            f"train.sequence_parallel: {world_size} process(es) do not divide into groups of "
-            f"{train.sequence_parallel}; start a multiple of {train.sequence_parallel}, or set a divisor of "
-            f"{world_size}"
-        )
-    return world_size // train.sequence_parallel
-
-
 def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
     """The whole DeepSpeed configuration; nothing that training depends on is left to DeepSpeed's defaults.
 
@@ -113,19 +102,10 @@ def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
             divide.
     """
     train = settings.train
-    data_size = data_parallel_size(train, world_size)
-    per_pass = train.micro_batch_size * data_size
-    if train.global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {data_size} "
-            + ("processes" if train.sequence_parallel == 1 else "groups of processes that share windows")
-            + f" = {per_pass}"
-        )
-    zero = _zero_config(train, world_size)
+    zero = _zero_config(train, world_size // train.tensor_parallel)
     config = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // per_pass * train.num_segments,
+        "gradient_accumulation_steps": passes_of_engine(train, passes_per_step(train, world_size)),
         # At stage 0 the optimizer that we hand over clips, see ClippedAdamW.
         "gradient_clipping": train.gradient_clipping if train.zero_stage else 0.0,
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
@@ -142,6 +122,8 @@ def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
         "checkpoint": {"tag_validation": "Fail"},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It waits for the device before and after every pass; the loop measures by itself.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW updates what is offloaded: it is there without a compiler.
         "zero_force_ds_cpu_optimizer": False,
@@ -153,11 +135,12 @@ def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
     return config | extra
 
 
-def _zero_config(train: TrainSettings, world_size: int) -> dict:
+def _zero_config(train: TrainSettings, num_divided: int) -> dict:
+    """``num_divided``: ranks that ZeRO divides its states over."""
     zero = {
         "stage": train.zero_stage,
         # Of no use without communication or without streams, and it takes a second bucket.
-        "overlap_comm": overlaps(world_size),
+        "overlap_comm": overlaps(num_divided),
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "reduce_bucket_size": REDUCE_BUCKET,
@@ -207,15 +190,22 @@ def _check_zero_keys(zero: dict) -> None:
         raise ConfigError("\n".join(problems)) from None
 
 
-def build_model(make: Callable[[], PreTrainedModel], settings: PretrainSettings, ranks: Ranks) -> PreTrainedModel:
-    """``make()``; at ZeRO-3 with the same weights, but never as a whole on one rank."""
+def build_model(
+    make: Callable[[], PreTrainedModel], settings: PretrainSettings, ranks: Ranks, tensor: TensorGroups | None = None
+) -> PreTrainedModel:
+    """``make()``; at ZeRO-3, or this rank's part of it under tensor parallelism, with the same weights, but never as a
+    whole on one rank."""
+    if tensor is not None:
+        return sliced_model(make, tensor.group)
     if settings.train.zero_stage < 3:
         return make()
     dtype = PRECISION[settings.train.precision]
     return partitioned_model(make, dtype, deepspeed_config(settings, ranks.world_size))
 
 
-def build_engine(settings: PretrainSettings, model: torch.nn.Module, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    settings: PretrainSettings, model: torch.nn.Module, ranks: Ranks, tensor: TensorGroups | None = None
+) -> deepspeed.DeepSpeedEngine:
     """Move the model to its device and dtype, and hand it with its optimizer to DeepSpeed."""
     model.to(device=ranks.device, dtype=PRECISION[settings.train.precision])
     prepare_blocks(model, settings.train, ranks.device)
@@ -227,8 +217,14 @@ def build_engine(settings: PretrainSettings, model: torch.nn.Module, ranks: Rank
         settings.optimizer,
         zero_stage=settings.train.zero_stage,
         gradient_clipping=settings.train.gradient_clipping,
+        tensor_group=None if tensor is None else tensor.group,
     )
+    deepspeed.utils.groups.mpu = None  # or it would be that of an engine before
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(settings, ranks.world_size)
+        model=model, optimizer=optimizer, config=deepspeed_config(settings, ranks.world_size), mpu=tensor
     )
+    if settings.train.zero_stage in (1, 2) and settings.train.offload_optimizer == "none":
+        # The norm of the gradients, on which a step is skipped too, is not finite where one of them is not: the search
+        # before it reads all of them twice more, and the host waits for its answer.
+        engine.optimizer.check_overflow = lambda partition_gradients=True: None
     return engine

@@ -8,11 +8,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tnl.errors import ConfigError
-from tnl.model.activation_memory import block_memory, head_memory, kept_memory, segment_state_memory
-from tnl.model.flops import num_parameters
+from tnl.model.activation_memory import (
+    BlockMemory,
+    HeadMemory,
+    block_memory,
+    head_memory,
+    kept_memory,
+    segment_state_memory,
+)
+from tnl.model.baseline_memory import llama_block_memory, llama_head_memory, llama_kept_memory
+from tnl.model.configuration import TransnormerConfig
+from tnl.model.kinds import model_config, num_parameters
 from tnl.model.state import state_bytes
-from tnl.training.settings import PretrainSettings
+from tnl.model.tensor_parallel import sliced_config
+from tnl.training.batch_split import passes_per_step
+from tnl.training.settings import PretrainSettings, TrainSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP32_BYTES = 4
@@ -37,10 +47,13 @@ class MemoryPlan:
         moments: what is held when the loss is made, in the backward pass of some block, in the optimizer step:
             bytes of each part, by the name of the moment.
         allowance: for what is no tensor.
+        ram, disk: bytes of each part that offloading keeps there instead, for this GPU's process.
     """
 
     moments: dict[str, dict[str, int]]
     allowance: int
+    ram: dict[str, int]
+    disk: dict[str, int]
 
     @property
     def fullest(self) -> str:
@@ -56,30 +69,6 @@ class MemoryPlan:
     def peak(self) -> int:
         """Bytes of all tensors at the peak."""
         return sum(self.parts.values())
-
-
-def passes_per_step(settings: PretrainSettings, world_size: int) -> int:
-    """Backward passes that a rank takes in one optimizer step.
-
-    Raises:
-        ConfigError: the ranks do not divide into groups, or the global batch is no multiple of what all take in one
-            micro-batch.
-    """
-    train = settings.train
-    if world_size % train.sequence_parallel:
-        raise ConfigError(
-            f"train.sequence_parallel: {world_size} GPU(s) do not divide into groups of {train.sequence_parallel}; "
-            "change one of them"
-        )
-    groups = world_size // train.sequence_parallel
-    per_pass = train.micro_batch_size * groups
-    if train.global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {groups} {'GPUs' if groups == world_size else 'groups of GPUs'} = {per_pass}; "
-            "change one of them"
-        )
-    return train.global_batch_size // per_pass * train.num_segments
 
 
 @dataclass(frozen=True)
@@ -108,28 +97,70 @@ def _states(stage: int, dtype: torch.dtype, world_size: int) -> _States:
     return _States(size * part, optimizer, copied, 0, copied)
 
 
+def _offloaded(
+    train: TrainSettings, dtype: torch.dtype, numbers: float, accumulates: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes in RAM and on disk for ``numbers`` parameters of a rank's share; those on disk from DeepSpeed's source."""
+    places: dict[str, dict[str, float]] = {"cpu": {}, "nvme": {}}
+    if train.offload_optimizer != "none":
+        place = places[train.offload_optimizer]
+        place["optimizer"] = numbers * (MOMENT_BYTES + FP32_BYTES)
+        place["gradients"] = numbers * FP32_BYTES
+        # What they are summed up in, before the optimizer's own copy.
+        if train.zero_stage == 3 or (accumulates and dtype == torch.float32):
+            ram = places["cpu"]
+            ram["gradients"] = ram.get("gradients", 0) + numbers * FP32_BYTES
+        if train.zero_stage == 2:
+            places["cpu"]["weights"] = numbers * dtype.itemsize  # on their way back
+    if train.offload_parameters != "none":
+        places[train.offload_parameters]["weights"] = numbers * dtype.itemsize
+    ram, disk = ({part: round(size) for part, size in parts.items()} for parts in places.values())
+    return ram, disk
+
+
+def _activations(
+    settings: PretrainSettings, config: TransnormerConfig, tokens: int, dtype: torch.dtype
+) -> tuple[list[BlockMemory], list[int], HeadMemory]:
+    """What each block holds, what it keeps between the passes as it is configured, and the head.
+
+    ``config``: of the TNL that one rank holds.
+    """
+    modes = map(settings.train.recomputation, range(settings.model.num_layers))
+    if settings.model.kind == "llama":
+        llama = model_config(settings.model, settings.train.sequence_length)
+        blocks = [llama_block_memory(llama, tokens, dtype)] * settings.model.num_layers
+        kept = [llama_kept_memory(llama, tokens, dtype, mode) for mode in modes]
+        return blocks, kept, llama_head_memory(llama, tokens, dtype)
+    blocks = [block_memory(config, i, tokens, dtype) for i in range(settings.model.num_layers)]
+    kept = [kept_memory(config, i, tokens, dtype, mode) for i, mode in enumerate(modes)]
+    if settings.train.tensor_parallel > 1 and settings.train.activation_checkpointing == "selective_matmuls":
+        # What is summed over ranks is made and summed again.
+        kept = [size - 2 * tokens * config.decoder_embed_dim * dtype.itemsize for size in kept]
+    return blocks, kept, head_memory(config, tokens, dtype)
+
+
 def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
     """What one of ``world_size`` GPUs holds, moment by moment.
 
     Raises:
-        ConfigError: the batch does not divide, or the model is no TNL.
+        ConfigError: the batch does not divide.
     """
-    if settings.model.kind != "tnl":
-        raise ConfigError(f"model.kind: {settings.model.kind}: memory is planned for a tnl only; set kind: tnl")
-    train, config = settings.train, settings.model.to_config()
-    accumulates = passes_per_step(settings, world_size) > 1
-    dtype, stage, N = DTYPES[train.precision], train.zero_stage, num_parameters(config)
+    train, is_tnl = settings.train, settings.model.kind == "tnl"
+    config = sliced_config(settings.model.to_config(), train.tensor_parallel)
+    num_divided = world_size // train.tensor_parallel  # ranks that ZeRO divides its states over
+    accumulates = passes_per_step(settings.train, world_size) > 1
+    dtype, stage = DTYPES[train.precision], train.zero_stage
+    N = num_parameters(config if is_tnl else model_config(settings.model, train.sequence_length))
     length = train.segment_length or train.sequence_length // train.sequence_parallel
     tokens, layers = train.micro_batch_size * length, config.decoder_layers
-    states = _states(stage, dtype, world_size)
+    states = _states(stage, dtype, num_divided)
     if train.offload_optimizer != "none":
         # The sums of the gradients go with the masters, and the step is made there.
         states = replace(states, optimizer=0, accumulated=0, step=0)
     if train.offload_parameters != "none":
         states = replace(states, weights=0)
-    blocks = [block_memory(config, i, tokens, dtype) for i in range(layers)]
-    kept = [kept_memory(config, i, tokens, dtype, train.recomputation(i)) for i in range(layers)]
-    head = head_memory(config, tokens, dtype)
+    blocks, kept, head = _activations(settings, config, tokens, dtype)
+    ram, disk = _offloaded(train, dtype, N / num_divided, accumulates)
     carried = 0
     if train.segment_length is not None:
         # Truncated: before and after a segment. Exact: before each, and the gradients of one.
@@ -138,7 +169,7 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
     if train.sequence_parallel > 1:
         # Each layer keeps the state that its slice begins with, and one at a time those of all slices.
         carried = (1 + train.sequence_parallel / layers) * state_bytes(config, train.micro_batch_size)
-    scanned = segment_state_memory(config, train.micro_batch_size, length)
+    scanned = segment_state_memory(config, train.micro_batch_size, length) if is_tnl else 0
 
     embedding = config.vocab_size * config.decoder_embed_dim
     per_block = (N - embedding * (1 if config.tie_word_embeddings else 2)) / layers
@@ -149,7 +180,7 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
         prefetched = int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
         gathered = min(N, max(embedding, per_block) + prefetched) * dtype.itemsize
     # Stages 1 and 2 make the bucket in the backward pass, stage 3 at the start.
-    buckets = (bucket if stage else 0) * (2 if zero.get("overlap_comm", overlaps(world_size)) and stage < 3 else 1)
+    buckets = (bucket if stage else 0) * (2 if zero.get("overlap_comm", overlaps(num_divided)) and stage < 3 else 1)
     between = N * states.accumulated if accumulates or stage == 3 else 0
 
     fixed = {"weights": N * states.weights, "optimizer": N * states.optimizer}
@@ -187,4 +218,4 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
         "ZeRO buffers": bucket if stage == 3 else 0,
     }
     whole = {name: {part: round(value) for part, value in parts.items()} for name, parts in moments.items()}
-    return MemoryPlan(whole, CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0))
+    return MemoryPlan(whole, CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0), ram, disk)

@@ -22,7 +22,7 @@ def cures(settings: PretrainSettings, world_size: int) -> Iterator[str]:
         changes.append({"zero_stage": 2})
     if train.activation_checkpointing != "full":
         changes.append({"activation_checkpointing": "full", "activation_checkpointing_k": None})
-    if train.zero_stage < 3 and world_size > 1:
+    if train.zero_stage < 3 and world_size > 1 and train.tensor_parallel == 1:
         changes.append({"zero_stage": 3})
     planned = memory_plan(settings, world_size).peak
     for change in changes:

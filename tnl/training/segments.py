@@ -18,6 +18,7 @@ from tnl.model.configuration import TransnormerConfig
 from tnl.model.loss import IGNORE_INDEX
 from tnl.model.state import TransnormerState, state_shapes
 from tnl.training.settings import TrainSettings
+from tnl.training.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Segment:
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """Arguments of the model but labels and state."""
         tensors = {"input_ids": self.input_ids, "cu_seqlens": self.cu_seqlens}
-        return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return {name: None if t is None else to_device(t, device) for name, t in tensors.items()}
 
 
 def cut(batch: dict[str, torch.Tensor | None], sequence_length: int, length: int) -> list[Segment]:
@@ -120,7 +121,7 @@ def _no_sequences(config: TransnormerConfig, device: torch.device) -> Transnorme
 
 def _loss_sum(engine, segment: Segment, state: TransnormerState, device: torch.device) -> torch.Tensor:
     """Loss sum of a segment from ``state``, which afterwards is that at its end."""
-    labels = segment.shift_labels.to(device, non_blocking=True)
+    labels = to_device(segment.shift_labels, device)
     return engine(**segment.inputs(device), shift_labels=labels, past_key_values=state).loss_sum
 
 

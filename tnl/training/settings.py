@@ -67,8 +67,16 @@ class TrainSettings(Settings):
     global_batch_size: int = Field(ge=1, description="windows per optimizer step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="windows per forward pass and rank, or group of ranks")
     sequence_parallel: int = Field(default=1, ge=1, description="ranks that share windows, a slice of each window each")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="ranks that share the weights of the blocks, some heads and channels each"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="dtype of weights in the model")
     zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    reduce_gradients: Literal["every_pass", "every_step"] = Field(
+        default="every_pass",
+        description="when ranks add up their gradients: after every pass, or once a step, which sends less and keeps "
+        "4 bytes a parameter more on each GPU; needs ZeRO stage 2",
+    )
     loss_scale_power: int = Field(default=16, ge=0, le=32, description="fp16 begins with a loss scale of 2 to this")
     loss_scale_window: int = Field(default=1000, ge=1, description="steps without overflow that double the loss scale")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
@@ -95,6 +103,17 @@ class TrainSettings(Settings):
         """Segments of a window: backward passes that a micro-batch takes."""
         return 1 if self.segment_length is None else self.sequence_length // self.segment_length
 
+    @property
+    def ranks_per_window(self) -> int:
+        """Ranks that work on the same windows."""
+        return self.sequence_parallel * self.tensor_parallel
+
+    @property
+    def keys_of_sharing(self) -> str:
+        """The keys that make ranks work on the same windows."""
+        names = [name for name in ("sequence_parallel", "tensor_parallel") if getattr(self, name) > 1]
+        return " x ".join(f"train.{name}" for name in names)
+
     def recomputation(self, layer: int) -> str:
         """What of block ``layer`` the backward pass computes again: none, full, selective or selective_matmuls."""
         if self.activation_checkpointing == "every_k":
@@ -119,6 +138,13 @@ class TrainSettings(Settings):
             problems.append("compile: does not go with sequence_parallel; set only one of them")
         if self.sequence_parallel > 1 and self.segment_length is not None:
             problems.append("segment_length: does not go with sequence_parallel; set only one of them")
+        if self.tensor_parallel > 1 and self.compile:
+            problems.append("compile: does not go with tensor_parallel; set only one of them")
+        if self.tensor_parallel > 1 and self.zero_stage == 3:
+            problems.append(
+                "tensor_parallel: does not go with zero_stage 3, which divides the weights itself; set zero_stage: 2, "
+                "or tensor_parallel: 1"
+            )
         if self.precision == "bf16" and self.zero_stage < 2:
             # Stage 0 accumulates gradients in bf16, stage 1 ends with a bare assertion on a non-finite or zero
             # gradient norm.
@@ -132,6 +158,16 @@ class TrainSettings(Settings):
             problems.append(f"offload_optimizer: needs zero_stage 2 or 3, got {self.zero_stage}; set zero_stage: 2")
         if self.offload_parameters != "none" and self.zero_stage < 3:
             problems.append(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}; set zero_stage: 3")
+        if self.reduce_gradients == "every_step" and self.zero_stage != 2:
+            problems.append(
+                f"reduce_gradients: every_step is for zero_stage 2, got {self.zero_stage}; set zero_stage: 2, or "
+                "reduce_gradients: every_pass"
+            )
+        if self.reduce_gradients == "every_step" and self.offload_optimizer != "none":
+            problems.append(
+                "reduce_gradients: every_step keeps all gradients on the GPU, offload_optimizer none; set "
+                "only one of them"
+            )
         if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.offload_path is not None):
             problems.append("offload_path: goes with nvme and only with it; give the folder, or remove it")
         if (self.activation_checkpointing == "every_k") != (self.activation_checkpointing_k is not None):
@@ -267,10 +303,23 @@ class PretrainSettings(Settings):
                 f"train.segment_length: model.kind {self.model.kind} has no state to carry from segment to segment; "
                 "remove it"
             )
+        if self.train.compile and self.model.kind != "tnl":
+            problems.append(f"train.compile: the blocks of model.kind {self.model.kind} are not compiled; remove it")
         if self.train.sequence_parallel > 1 and self.model.kind != "tnl":
             problems.append(
                 f"train.sequence_parallel: model.kind {self.model.kind} has no state to pass between ranks; remove it"
             )
+        if self.train.tensor_parallel > 1 and self.model.kind != "tnl":
+            problems.append(
+                f"train.tensor_parallel: the blocks of model.kind {self.model.kind} are not divided; remove it, or set "
+                "model.kind: tnl"
+            )
+        elif self.train.tensor_parallel > 1:
+            from tnl.model.tensor_parallel import slicing_problems
+
+            model = self.model
+            found = slicing_problems(model.num_heads, model.glu_dim, model.mixer_norm, self.train.tensor_parallel)
+            problems += [f"train.tensor_parallel: {problem}" for problem in found]
         if warmup >= steps:
             problems.append(f"schedule.warmup_steps: {warmup} must be below train.steps {steps}")
         elif decay is not None and decay > steps - warmup:
