@@ -162,7 +162,7 @@ def run_out_of_memory(rank: int, path: str, output: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     if rank == 2:
-        TrainStep.run = full
+        TrainStep._forward_passes = full  # after all ranks have met
     try:
         pretrain(config.load(PretrainSettings, path, [f"output={output}", "train.micro_batch_size=1"]))
     except (ConfigError, RuntimeError) as error:  # gloo's is a RuntimeError

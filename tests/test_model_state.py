@@ -1,5 +1,6 @@
 """`TransnormerState`: continuing from it equals reading everything at once, and nothing is remembered elsewhere."""
 
+import os
 import re
 import shutil
 
@@ -321,7 +322,7 @@ def test_a_damaged_file_is_refused(saved, tmp_path, damage, message):
 def test_a_state_that_cannot_be_written_leaves_the_old_file(saved, tmp_path):
     model, file = saved
     before = file.read_bytes()
-    (file.parent / "state.safetensors.tmp").mkdir()
+    (file.parent / f"state.safetensors.{os.getpid()}.tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
         read(model, random_ids(1, 6)).save(file, model)
     assert file.read_bytes() == before

@@ -53,6 +53,8 @@ def joined(results: list[dict]) -> dict:
                     "gpus": result["world_size"],
                     "layout": layout or None,
                     "tokens_per_step": result["tokens_per_step"],
+                    "micro_tokens": result["micro_tokens"],
+                    "overrides": [f"{key}={value}" for key, value in given.items()],
                     "shared": (*shared, row["kind"]),
                     "own_length": row["length"] // part,
                 }

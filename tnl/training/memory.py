@@ -44,8 +44,8 @@ class MemoryPlan:
     """Bytes on one GPU.
 
     Attributes:
-        moments: what is held when the loss is made, in the backward pass of some block, in the optimizer step:
-            bytes of each part, by the name of the moment.
+        moments: what is held when the loss is made, in the backward pass of some block, in the reduction of the
+            gradients where that is done once, in the optimizer step: bytes of each part, by the name of the moment.
         allowance: for what is no tensor.
         ram, disk: bytes of each part that offloading keeps there instead, for this GPU's process.
     """
@@ -159,6 +159,10 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
         states = replace(states, optimizer=0, accumulated=0, step=0)
     if train.offload_parameters != "none":
         states = replace(states, weights=0)
+    once = train.reduce_gradients == "every_step"
+    if once:
+        # Whole sums on each rank. Almost all gradients are added to them as they are made.
+        share, states = states.accumulated, replace(states, accumulated=FP32_BYTES, fresh=0)
     blocks, kept, head = _activations(settings, config, tokens, dtype)
     ram, disk = _offloaded(train, dtype, N / num_divided, accumulates)
     carried = 0
@@ -181,7 +185,7 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
         gathered = min(N, max(embedding, per_block) + prefetched) * dtype.itemsize
     # Stages 1 and 2 make the bucket in the backward pass, stage 3 at the start.
     buckets = (bucket if stage else 0) * (2 if zero.get("overlap_comm", overlaps(num_divided)) and stage < 3 else 1)
-    between = N * states.accumulated if accumulates or stage == 3 else 0
+    between = N * states.accumulated if accumulates or stage == 3 or once else 0
 
     fixed = {"weights": N * states.weights, "optimizer": N * states.optimizer}
     made = fixed | {
@@ -207,9 +211,18 @@ def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
             "activations": sum(kept[:i]) + blocks[i].kept + blocks[i].backward,
             "recurrent states": carried + scanned,
             "loss": 0,
-            "ZeRO buffers": buckets + passing,
+            "ZeRO buffers": passing + (0 if once else buckets),
         }
     full = N * states.accumulated
+    if once:
+        full += N * share
+        moments["reduction"] = fixed | {
+            "gradients": full + (0 if dtype == torch.float32 else N * dtype.itemsize),
+            "activations": 0,
+            "recurrent states": 0,
+            "loss": 0,
+            "ZeRO buffers": buckets,
+        }
     moments["optimizer step"] = fixed | {
         "gradients": full + N * states.step,
         "activations": 0,

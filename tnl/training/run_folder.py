@@ -66,7 +66,7 @@ def check_run_folder(settings: PretrainSettings) -> None:
         checkpoints = folder / CHECKPOINTS
         if checkpoints.is_dir() and any(checkpoints.iterdir()):  # until then a run may still be corrected
             _check_same_run(settings, folder / CONFIG)
-    elif any(p.name not in (".lock", "STOP", STATUS) for p in folder.iterdir()):
+    elif any(p.name not in (".lock", "STOP") and not p.name.startswith(STATUS) for p in folder.iterdir()):
         raise ConfigError(f"output: {folder}: exists and is no run folder; choose another, or move it away")
 
 
