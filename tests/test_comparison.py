@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.test_report import evaluation_row, is_png, train_row, write_run
-from tnl.errors import EXIT_USAGE, EXIT_DATA
+from tnl.errors import EXIT_DATA, EXIT_USAGE
 from tnl.tools.comparison import compare, read_curve
 
 
