@@ -43,7 +43,7 @@ def test_cures_take_less_than_the_plan(tmp_path):
     assert all(float(re.search(r"\(([0-9.]+) GiB", cure)[1]) < planned for cure in found)
 
 
-def test_a_llama_gets_the_cures_without_a_plan(tmp_path):
+def test_a_llama_gets_the_cures(tmp_path):
     settings = tiny_run(tmp_path, tmp_path)
     llama = settings.model_copy(update={"model": settings.model.model_copy(update={"kind": "llama"})})
     assert "train.micro_batch_size" in advice(llama, 1)
