@@ -218,8 +218,8 @@ def named_step(store: CheckpointStore, resume: str) -> int:
     return int(digits)
 
 
-def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> tuple[RunState, dict]:
-    """Load engine and random states of a verified checkpoint; returns the loop's state and the manifest.
+def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> RunState:
+    """Load engine and random states of a verified checkpoint; returns the loop's state.
 
     Raises:
         CheckpointError: saved by another number of processes, or a file differs from the manifest.
@@ -238,4 +238,4 @@ def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> 
         raise CheckpointError(f"{folder}: DeepSpeed found no engine state in it")
     tensors = load_file(str(folder / f"random_{ranks.rank:05d}.safetensors"))
     _set_random_state(tensors, json.loads((folder / f"random_{ranks.rank:05d}.json").read_text()))
-    return RunState(**manifest["run"]), manifest
+    return RunState(**manifest["run"])

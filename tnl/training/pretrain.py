@@ -133,13 +133,15 @@ class _Run:
                 self.state.step = chosen
                 self._record("finished", exit_code=0)
             return "finished"
+        if chosen is not None:
+            # First, because DeepSpeed reads files of another layout without such a message.
+            check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
         torch.manual_seed(self.settings.seed)
         network = model_config(self.settings.model, self.settings.train.sequence_length)
         model = build_model(lambda: model_class(network)(network), self.settings, self.ranks, self.mesh.tensor)
         self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
         if chosen is not None:
-            self.state, manifest = load_checkpoint(self.engine, self.store, chosen, self.ranks)
-            check_same_run(manifest, self.identity, self.store.path(chosen))
+            self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks)
         self._write_folder(chosen)
         peak, source = peak_flops(self.ranks.device, self.settings.logging.peak_tflops)
         self.throughput = Throughput(self.settings.train, network, self.ranks.world_size, peak)
