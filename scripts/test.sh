@@ -8,4 +8,5 @@ cd "$root"
 .venv/bin/ruff format --check .
 # Nothing is fetched at test time.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest "$@"
+# A file stays in one process: its fixtures are made once.
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"

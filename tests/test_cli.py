@@ -255,7 +255,7 @@ def test_a_name_that_no_disk_takes(tnl_command, tmp_path):
     ],
 )
 def test_a_bad_request_is_refused_before_its_prompt_is_printed(options, message, tnl_command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tnl.generation.load", types.SimpleNamespace(load_model=lambda name: (None, None)))
+    monkeypatch.setattr("tnl.generation.command.load_model", lambda name, **options: (None, None))
     monkeypatch.setitem(sys.modules, "tnl.training.export", types.SimpleNamespace(resolve_model=str))
     code, out, err = tnl_command("generate", "run", *options)
     assert (code, out) == (errors.EXIT_USAGE, "")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tnl_kernels import add_srmsnorm, gated_srmsnorm, lightning_attention, lrpe, sglu, srmsnorm
+from tnl_kernels import add_srmsnorm, fork_srmsnorm, gated_srmsnorm, lightning_attention, lrpe, sglu, srmsnorm
 from tnl_kernels.naive import (
     naive_add_srmsnorm,
     naive_gated_srmsnorm,
@@ -59,6 +59,18 @@ def test_norms_of_a_zero_row_are_zero_with_finite_gradients():
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, torch.zeros(3, 8))
     assert_close("dx", dx, torch.full((3, 8), 1e3, dtype=torch.float64))
+
+
+@HALF_AND_FULL
+def test_fork_srmsnorm_is_the_norm_beside_its_input(dtype):
+    x = normal(2, 7, 96, dtype=dtype).requires_grad_()
+    y, same = fork_srmsnorm(x)
+    assert torch.equal(y, srmsnorm(x))
+    assert torch.equal(same, x)
+    dy, dsame = normal(2, 7, 96, seed=2, dtype=dtype), normal(2, 7, 96, seed=3, dtype=dtype)
+    (dx,) = torch.autograd.grad((y, same), x, (dy, dsame))
+    (through_norm,) = torch.autograd.grad(srmsnorm(x), x, dy)
+    assert torch.equal(dx, through_norm + dsame)
 
 
 @HALF_AND_FULL

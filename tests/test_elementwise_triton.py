@@ -11,12 +11,13 @@ from tnl_kernels.glu_triton import triton_sglu
 from tnl_kernels.lrpe_triton import triton_lrpe
 from tnl_kernels.naive import (
     naive_add_srmsnorm,
+    naive_fork_srmsnorm,
     naive_gated_srmsnorm,
     naive_lrpe,
     naive_sglu,
     naive_srmsnorm,
 )
-from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_fork_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
 from torch import library
 
 from tests.closeness import assert_close
@@ -107,6 +108,15 @@ def test_add_srmsnorm_equals_the_definition(dtype, wide, unused, D):
     if unused:
         dout[["y", "residual"].index(unused)] = None
     check(triton_add_srmsnorm, naive_add_srmsnorm, [x, residual], dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unused", [None, "y", "x"])
+def test_fork_srmsnorm_equals_the_definition(dtype, unused):
+    dout = [normal(2, 7, 96, dtype=dtype, seed=i) for i in (1, 2)]
+    if unused:
+        dout[["y", "x"].index(unused)] = None
+    check(triton_fork_srmsnorm, naive_fork_srmsnorm, [normal(2, 7, 96, dtype=dtype)], dout)
 
 
 def test_add_srmsnorm_casts_the_gradient_to_each_dtype():

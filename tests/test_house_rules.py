@@ -25,9 +25,9 @@ CONFINED = {
     "liger_kernel": {"tnl/model/loss.py"},
     "pydantic": {"tnl/config.py", *SETTINGS},
     "yaml": {"tnl/plain_yaml.py"},
-    "typer": {"tnl/cli.py"},
+    "typer": {"tnl/cli.py", "tnl/tools/bench_commands.py"},
     "rich": {"tnl/cli.py", "tnl/training/metrics.py", "tnl/training/pretrain.py"},
-    "matplotlib": {"tnl/tools/report.py"},
+    "matplotlib": {"tnl/tools/comparison.py", "tnl/tools/report.py"},
     "datasets": {"tnl/data/sources.py"},
 }
 

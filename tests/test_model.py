@@ -14,6 +14,9 @@ from tnl.model.settings import ModelSettings
 
 PRESETS = {
     "tnl-tiny": 2_224_320,
+    "tnl-70m": 74_449_408,
+    "tnl-160m": 156_500_736,
+    "tnl-410m": 412_877_824,
     "tnl-44m": 44_171_776,
     "tnl-385m": 398_984_192,
     "tnl-1b": 1_020_266_496,

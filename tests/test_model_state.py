@@ -1,5 +1,6 @@
 """`TransnormerState`: continuing from it equals reading everything at once, and nothing is remembered elsewhere."""
 
+import os
 import re
 import shutil
 
@@ -321,7 +322,7 @@ def test_a_damaged_file_is_refused(saved, tmp_path, damage, message):
 def test_a_state_that_cannot_be_written_leaves_the_old_file(saved, tmp_path):
     model, file = saved
     before = file.read_bytes()
-    (file.parent / "state.safetensors.tmp").mkdir()
+    (file.parent / f"state.safetensors.{os.getpid()}.tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
         read(model, random_ids(1, 6)).save(file, model)
     assert file.read_bytes() == before
@@ -371,11 +372,15 @@ def test_positions_lie_with_the_tokens_wherever_the_last_block_is():
     class Elsewhere(torch.nn.Module):
         """A block on another device, as under a device map."""
 
+        def __init__(self, layer):
+            super().__init__()
+            self.token_mixer = layer.token_mixer
+
         def forward(self, x, *_):
             return x.to("meta"), torch.empty(2, 4, 8, 8, device="meta")
 
     model, state, mask = tiny_model().model, TransnormerState(), torch.ones(2, 9)
-    model.layers[1], mask[0, :4] = Elsewhere(), 0
+    model.layers[1], mask[0, :4] = Elsewhere(model.layers[1]), 0
     for T, positions in ((9, [5, 9]), (1, [6, 10]), (5, [11, 15])):
         with torch.no_grad():
             output = model(random_ids(2, T), attention_mask=mask if T == 9 else None, past_key_values=state)

@@ -153,6 +153,19 @@ def test_resuming_an_older_step_sets_newer_checkpoints_aside(shards, straight, t
     assert trajectory(output) == trajectory(straight)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"resume": "7"}, "no such checkpoint .* steps there: none"),
+        ({"resume": "7", "fresh": True}, "only one of them"),
+    ],
+)
+def test_a_resume_of_nothing_leaves_no_folder(shards, tmp_path, how, message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        train(tiny_run(shards, tmp_path / "run"), **how)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", ["none", "banana", "-1"])
 def test_a_resume_that_is_no_step_is_a_usage_error(shards, straight, resume):
     with pytest.raises(ConfigError, match="--resume"):
@@ -251,6 +264,14 @@ def test_a_folder_of_another_configuration_is_refused_with_the_keys(shards, stra
     assert (tmp_path / "other/notes.txt").read_text() == "mine"
 
 
+def test_a_checkpoint_of_another_layout_is_refused_whatever_the_file_beside_it_says(shards, tmp_path):
+    train(tiny_run(shards, tmp_path / "run", "train.steps=6", "train.zero_stage=2"))
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("zero_stage: 2", "zero_stage: 3"))
+    with pytest.raises(CheckpointError, match="saved with another configuration than this one; undo the change"):
+        train(tiny_run(shards, tmp_path / "run", "train.steps=6", "train.zero_stage=3"), resume="5")
+
+
 def test_fresh_keeps_the_old_folder_aside(shards, tmp_path):
     settings = tiny_run(shards, tmp_path / "run", "train.steps=3")
     train(settings)
@@ -303,8 +324,8 @@ def test_bf16_trains_with_fp32_master_weights(shards, straight, tmp_path):
         assert_close(f"bf16 losses at stage {stage}", losses, expected, ratio=1e-2)
 
 
-def test_gradient_checkpointing_does_not_change_the_losses(shards, straight, tmp_path):
-    train(tiny_run(shards, tmp_path / "run", "train.gradient_checkpointing=true"))
+def test_activation_checkpointing_does_not_change_the_losses(shards, straight, tmp_path):
+    train(tiny_run(shards, tmp_path / "run", "train.activation_checkpointing=full"))
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert losses == pytest.approx([row["loss"] for row in rows(straight)], abs=1e-6)
 
@@ -330,14 +351,20 @@ def test_wandb_offline_records_the_run_without_the_command_line(shards, tmp_path
     ("override", "message"),
     [
         ("deepspeed.zero_optimization.reduce_bucket_sise=1", "did you mean reduce_bucket_size"),
+        ("train.zero_stage=2 deepspeed.zero_optimization.compute_grad_norm=false", "compute_grad_norm: the norm shows"),
         ("model.vocab_size=300", "model.vocab_size"),
         ("train.sequence_length=1000000", "train.sequence_length"),
         ("output={folder}/r[1]", "patterns"),
+        ("train.compile=true", "train.compile"),
+        (
+            "train.global_batch_size=6 train.micro_batch_size=3 train.sequence_parallel=2",
+            "do not divide into groups of 2",
+        ),
     ],
 )
 def test_what_is_refused_leaves_no_folder(shards, tmp_path, override, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        train(tiny_run(shards, tmp_path / "run", override.format(folder=tmp_path)))
+        train(tiny_run(shards, tmp_path / "run", *override.format(folder=tmp_path).split()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -349,9 +376,10 @@ def test_until_its_first_checkpoint_a_run_may_be_corrected(shards, tmp_path, mon
     assert train(tiny_run(shards, tmp_path / "run", "optimizer.lr=1e-3"))[0] == "finished"
 
 
-def test_wandb_without_a_key_is_refused_with_the_cure(shards, tmp_path, monkeypatch):
+def test_wandb_without_a_key_is_refused_and_can_be_corrected_in_the_same_folder(shards, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
         train(tiny_run(shards, tmp_path / "run", "logging.wandb=online"))
+    assert train(tiny_run(shards, tmp_path / "run", "train.steps=3"))[0] == "finished"

@@ -34,14 +34,17 @@ def test_every_command_names_what_exists():
             "pretrain",
             "evaluate",
             "generate",
+            "compare",
             "report",
             "export",
             "doctor",
             "chat",
             "convert",
             "bench",
+            "plan",
+            "status",
         ), command
-        if name in ("prepare", "pretrain"):
+        if name in ("prepare", "pretrain", "plan"):
             assert find_config(words[2] if words[0] == "data" else words[1]).is_file()
     for script in re.findall(r"bash (scripts/[a-z_/]+\.sh)", README):
         assert (ROOT / script).is_file()

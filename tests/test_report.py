@@ -131,8 +131,8 @@ def test_torn_last_line_is_left_out_with_a_note(tmp_path):
     [
         ('{"kind": "tra', "not a JSON object"),
         ("[1]", "a list where"),
-        ('{"kind": "test"}', "kind 'test' is not one of train, evaluation"),
-        ('{"kind": ["train"]}', "is not one of train, evaluation"),
+        ('{"kind": "test"}', "kind 'test' is not one of train, evaluation, layers"),
+        ('{"kind": ["train"]}', "is not one of train, evaluation, layers"),
         ('{"step": 3}', "kind None is not one of"),
         ('{"kind": "evaluation", "step": 3, "loss": 1.0}', "evaluation row without 'tokens'"),
         (json.dumps(train_row(3, loss="3.1")), "loss is '3.1', which is not a number"),

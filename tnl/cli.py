@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
+from tnl.tools.bench_commands import bench_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +27,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a LLaMA of equal size.")
 app.add_typer(bench_app, name="bench")
 
 # What a disk or its owner answers; anything else is a defect of ours.
@@ -285,6 +285,31 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two to four.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.png and comparison.json.")] = Path("comparison"),
+) -> None:
+    """Held-out loss of several runs, by tokens and by time of training.
+
+    Example:
+
+        tnl compare runs/tnl runs/llama --output comparison
+    """
+    from tnl.tools.comparison import compare as run
+    from tnl.tools.tables import format_rows
+
+    for row in run(runs, output):
+        found = {
+            "tokens": f"{row['tokens']:,}",
+            "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
+            "held-out loss": f"{row['heldout_loss']:.4f} nats",
+            "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
+        }
+        print(format_rows(f"{row['run']} ({row['kind']})", list(found.items())))
+    print(f"plot: {output / 'comparison.png'}")
+
+
+@app.command()
 def quickstart(
     text: Annotated[Path | None, typer.Option(help="Train on the text files of this folder.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Train on this dataset of the Hugging Face hub.")] = None,
@@ -320,6 +345,72 @@ def quickstart(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 1,
+    mfu: Annotated[float, typer.Option(help="Model FLOPs utilisation to count with.", min=0.001, max=1)] = 0.5,
+    tokens: Annotated[str | None, typer.Option(help="Token budget, such as 300B; default that of the config.")] = None,
+    gpu_memory: Annotated[str, typer.Option(help="GiB of the GPUs to check.")] = "24,40,80,141",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """What a run will take, without a GPU: parameters, operations, memory of each GPU by part, time and GPU-hours.
+
+    The peak arithmetic rate is logging.peak_tflops, or that of an H100.
+
+    Examples:
+
+        tnl plan pretrain/tnl-1b --gpus 8
+
+        tnl plan pretrain/tnl-7b train.activation_checkpointing=full --gpus 64 --mfu 0.45 --tokens 1.4T --json plan.json
+    """
+    from tnl import config as configuration
+    from tnl.training.settings import PretrainSettings
+
+    settings = configuration.load(PretrainSettings, config, overrides)
+    from tnl.tools.plan import plan as run
+
+    run(settings, gpus=gpus, mfu=mfu, tokens=tokens, gpu_memory=gpu_memory, json_file=json_file)
+
+
+Run = Annotated[str, typer.Argument(help="Run folder, or the configuration that tnl pretrain was given.")]
+
+
+@app.command()
+def status(
+    run: Run,
+    overrides: Overrides = None,
+    since: Annotated[float, typer.Option(help="Take no news from before this time, seconds since 1970.")] = 0.0,
+) -> None:
+    """How a run stands; ends with the exit code of the run, which torchrun and deepspeed lose.
+
+    Examples:
+
+        tnl status runs/quickstart
+
+        tnl status pretrain/quickstart output=runs/second
+    """
+    from tnl.tools.status import run_folder
+    from tnl.tools.status import status as show
+
+    raise typer.Exit(show(run_folder(run, overrides or []), since))
+
+
+@app.command()
+def stop(run: Run, overrides: Overrides = None) -> None:
+    """Ask a run, on whatever machines it is, to save a checkpoint and end; the command that started it goes on later.
+
+    Example:
+
+        tnl stop runs/quickstart
+    """
+    from tnl.tools.status import run_folder
+    from tnl.tools.status import stop as ask
+
+    ask(run_folder(run, overrides or []))
+
+
+@app.command()
 def doctor(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1; default: the first GPU, or the CPU where there is none.")
@@ -340,83 +431,6 @@ def doctor(
 
     if not run(device, json_file, report=lambda text: print(text, flush=True)):
         raise typer.Exit(EXIT_MACHINE)
-
-
-BenchModel = Annotated[str, typer.Argument(help="Name in configs/model, or a YAML file; the weights are random.")]
-BenchDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: the GPU if there is one.")]
-BenchJson = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
-
-
-def _numbers(option: str, text: str, least: int) -> list[int]:
-    """The whole numbers of a comma-separated list, in rising order."""
-    from tnl.errors import ConfigError
-
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
-        raise ConfigError(f"{option}: {text!r} is no list of whole numbers of at least {least}; give for example 1,16")
-    return sorted({int(part) for part in parts})
-
-
-@bench_app.command("generate")
-def bench_generate(
-    model: BenchModel = "tnl-7b",
-    batch: Annotated[str, typer.Option(help="Numbers of sequences; the sweep ends where memory does.")] = (
-        "1,16,64,256,512,768"
-    ),
-    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.", min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=8)] = 1024,
-    context: Annotated[str, typer.Option(help="Prompt lengths at which one sequence is stepped.")] = "1024,131072",
-    positions: Annotated[
-        int, typer.Option(help="Tokens generated in a row to watch the memory; 0 leaves it out.", min=0)
-    ] = 0,
-    baseline: Annotated[bool, typer.Option(help="Also measure a LLaMA of equal size.")] = True,
-    device: BenchDevice = None,
-    json_file: BenchJson = None,
-) -> None:
-    """Decoding: tokens/s over batch sizes, time per step against the memory's floor, and an equal LLaMA.
-
-    Examples:
-
-        tnl bench generate tnl-7b --json generate.json
-
-        tnl bench generate tnl-tiny --batch 1,4 --prompt-tokens 16 --new-tokens 16 --context 64
-    """
-    batches, contexts = _numbers("--batch", batch, 1), _numbers("--context", context, 1)
-    from tnl.tools.bench_generate import bench_generate as run
-
-    run(
-        model,
-        batches=batches,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        contexts=contexts,
-        positions=positions,
-        baseline=baseline,
-        device=device,
-        json_file=json_file,
-        report=lambda text: print(text, flush=True),
-    )
-
-
-@bench_app.command("prefill")
-def bench_prefill(
-    model: BenchModel = "tnl-1b",
-    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "32768,131072",
-    device: BenchDevice = None,
-    json_file: BenchJson = None,
-) -> None:
-    """Time to the first token of long prompts, and that of an equal LLaMA on each backend of PyTorch's attention.
-
-    Examples:
-
-        tnl bench prefill tnl-1b --json prefill.json
-
-        tnl bench prefill tnl-tiny --tokens 1024,4096
-    """
-    lengths = _numbers("--tokens", tokens, 1)
-    from tnl.tools.bench_prefill import bench_prefill as run
-
-    run(model, lengths=lengths, device=device, json_file=json_file, report=lambda text: print(text, flush=True))
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the disk refused; it names ``path``, and no temporary file is left.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # Each process has its own: several ranks of a run may write what went wrong.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)

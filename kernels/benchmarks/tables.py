@@ -2,12 +2,14 @@
 
     python kernels/benchmarks/tables.py [--check] [kernels/README.md]
 
-What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the table of results/NAME_h100.json.
-After the name may stand, in any order:
+What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the table of results/NAME_h100.json,
+or of results/NAME.json where the name ends with a GPU, such as train_scaling_h200. Several names with commas between
+them are one table, in which a file that is not there is simply left out; the column ``result`` then says whose a row
+is. After the name may stand, in any order:
 
     of=SECTION         a list of the file other than ``rows``
     KEY=VALUE          only rows whose KEY is VALUE; that column is then left out (_ in VALUE stands for a space)
-    columns=A,B:HEAD   these columns in this order, B under another heading (_ stands for a space)
+    columns=A,B:HEAD   these columns in this order, B under another heading (_ stands for a space); A% in percent
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+GPU = re.compile(r"_[a-z]+[0-9]+$")
 MARKER = re.compile(r"(<!-- table: ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -37,8 +40,13 @@ def number(value: object) -> str:
     return str(value).replace("|", "\\|")
 
 
-def read_options(text: str) -> tuple[str, str, dict[str, str], list[tuple[str, str]]]:
-    """The words of a marker: name, section, filters, (column, heading) pairs.
+def percent(value: object) -> str:
+    """A cell of a share."""
+    return f"{100 * value:.1f} %" if isinstance(value, float) else number(value)
+
+
+def read_options(text: str) -> tuple[list[str], str, dict[str, str], list[tuple[str, str]]]:
+    """The words of a marker: names, section, filters, (column, heading) pairs.
 
     Raises:
         ValueError: a word is not KEY=VALUE.
@@ -54,10 +62,39 @@ def read_options(text: str) -> tuple[str, str, dict[str, str], list[tuple[str, s
         elif key == "columns":
             for column in value.split(","):
                 column, _, heading = column.partition(":")
-                columns.append((column, (heading or column).replace("_", " ")))
+                columns.append((column, (heading or column.rstrip("%")).replace("_", " ")))
         else:
             filters[key] = value.replace("_", " ")
-    return name, section, filters, columns
+    return name.split(","), section, filters, columns
+
+
+def file_of(name: str) -> str:
+    """The file of a result."""
+    return f"{name}.json" if GPU.search(name) else f"{name}_h100.json"
+
+
+def read_result(path: Path) -> dict:
+    """A result that says where it is from.
+
+    Raises:
+        ValueError: it does not.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    missing = {"gpu", "torch", "triton", "command"} - set(result)
+    if missing:
+        raise ValueError(f"{path.name} does not say {', '.join(sorted(missing))}")
+    return result
+
+
+def conditions(result: dict) -> str:
+    """Where and, for training, with what it was measured."""
+    count = f"{result['world_size']} x " if result.get("world_size", 1) > 1 else ""
+    found = [f"{count}{result['gpu']}", f"torch {result['torch']}", f"triton {result['triton']}"]
+    if "engine" in result:
+        found += [result["engine"], result["dtype"]]
+    if "world_size" in result:
+        found.append(f"{result['tokens_per_step']:,} tokens a step")
+    return ", ".join(found)
 
 
 def table(text: str, results: Path = RESULTS) -> str:
@@ -66,32 +103,39 @@ def table(text: str, results: Path = RESULTS) -> str:
     Raises:
         ValueError: a file, section, column or row that the marker names is missing.
     """
-    name, section, filters, columns = read_options(text)
-    path = results / f"{name}_h100.json"
-    if not path.is_file():
-        raise ValueError(f"table {name}: no {path}; the benchmark writes it with --json")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    missing = {"gpu", "torch", "triton", "command"} - set(result)
-    if missing:
-        raise ValueError(f"table {name}: {path.name} does not say {', '.join(sorted(missing))}")
-    rows = result.get(section)
-    if not isinstance(rows, list) or not rows:
-        lists = ", ".join(key for key, value in result.items() if isinstance(value, list))
-        raise ValueError(f"table {name}: {path.name} has no rows under {section!r}; there are: {lists}")
+    names, section, filters, columns = read_options(text)
+    title = ",".join(names)
+    paths = {name: results / file_of(name) for name in names}
+    there = {name: path for name, path in paths.items() if path.is_file()}
+    if not there:
+        missing = ", ".join(map(str, paths.values()))
+        raise ValueError(f"table {title}: no {missing}; the benchmark writes it with --json")
+    try:
+        found = {name: read_result(path) for name, path in there.items()}
+    except ValueError as error:
+        raise ValueError(f"table {title}: {error}") from None
+    files = ", ".join(path.name for path in there.values())
+    rows = []
+    for name, result in found.items():
+        part = result.get(section)
+        if not isinstance(part, list) or not part:
+            lists = ", ".join(key for key, value in result.items() if isinstance(value, list))
+            raise ValueError(f"table {title}: {there[name].name} has no rows under {section!r}; there are: {lists}")
+        rows += [{"result": name} | row for row in part] if len(names) > 1 else part
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    for key in [*filters, *(column for column, _ in columns)]:
+    for key in [*filters, *(column.rstrip("%") for column, _ in columns)]:
         if key not in keys:
-            raise ValueError(f"table {name}: {path.name} has no column {key!r}; there are: {', '.join(keys)}")
+            raise ValueError(f"table {title}: {files} has no column {key!r}; there are: {', '.join(keys)}")
     rows = [row for row in rows if all(str(row.get(key)) == value for key, value in filters.items())]
     if not rows:
-        raise ValueError(f"table {name}: no row of {path.name} has {filters}")
+        raise ValueError(f"table {title}: no row of {files} has {filters}")
     columns = columns or [(key, key.replace("_", " ")) for key in keys if key not in filters]
     lines = [
         [heading for _, heading in columns],
         ["---"] * len(columns),
-        *([number(row.get(key)) for key, _ in columns] for row in rows),
+        *([(percent if key.endswith("%") else number)(row.get(key.rstrip("%"))) for key, _ in columns] for row in rows),
     ]
-    where = f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}"
+    where = "; ".join(dict.fromkeys(map(conditions, found.values())))
     return "\n".join([f"Measured on {where}.", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 

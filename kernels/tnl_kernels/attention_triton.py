@@ -13,7 +13,8 @@ from tnl_kernels.operators import operator
 
 def num_states(k: Tensor, cu_seqlens: Tensor | None) -> int:
     """N: documents, or rows of the batch."""
-    return k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    # And not len(): where the compiler asks for shapes, that would make a constant of their number.
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def new_state(k: Tensor, V: int, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:

@@ -9,9 +9,14 @@ from tnl_kernels.dispatch import HAS_TRITON, dispatch
 from tnl_kernels.dtypes import FLOATS, compute_dtype
 
 if HAS_TRITON:
-    from tnl_kernels.norm_triton import triton_add_srmsnorm, triton_gated_srmsnorm, triton_srmsnorm
+    from tnl_kernels.norm_triton import (
+        triton_add_srmsnorm,
+        triton_fork_srmsnorm,
+        triton_gated_srmsnorm,
+        triton_srmsnorm,
+    )
 else:
-    triton_add_srmsnorm = triton_gated_srmsnorm = triton_srmsnorm = None
+    triton_add_srmsnorm = triton_fork_srmsnorm = triton_gated_srmsnorm = triton_srmsnorm = None
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -62,6 +67,11 @@ def torch_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     return SimpleRMSNorm.apply(x, eps)
 
 
+def torch_fork_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The torch form of `tnl_kernels.fork_srmsnorm`."""
+    return torch_srmsnorm(x, eps=eps), x
+
+
 def torch_add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """The torch form of `tnl_kernels.add_srmsnorm`."""
     residual = residual + x.to(residual.dtype)
@@ -92,6 +102,28 @@ def srmsnorm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     # Inductor fuses the torch form with its neighbours; kernels/benchmarks/elementwise.py measures both.
     on_cuda = torch_srmsnorm if torch.compiler.is_compiling() else triton_srmsnorm
     return dispatch(x, torch=torch_srmsnorm, triton=on_cuda)(x, eps=eps)
+
+
+def fork_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """y = srmsnorm(x), and x for the residual connection around what y goes into.
+
+    The gradients of both meet in one pass, where autograd would make that of the norm and then add the other.
+
+    Args:
+        x: [..., D], fp32, bf16, fp16 or fp64.
+        eps: added to the mean square.
+
+    Returns:
+        y [..., D] as `srmsnorm`, and x itself, which must not be written to.
+
+    Raises:
+        ValueError: x is not of one of these dtypes.
+
+    Source: TransNormerLLM (arXiv 2307.14995): the pre-norm block.
+    """
+    check_dtype("x", x, FLOATS)
+    on_cuda = torch_fork_srmsnorm if torch.compiler.is_compiling() else triton_fork_srmsnorm
+    return dispatch(x, torch=torch_fork_srmsnorm, triton=on_cuda)(x, eps=eps)
 
 
 def add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

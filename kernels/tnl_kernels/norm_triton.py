@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tnl_kernels.operators import operator
 from tnl_kernels.rows import as_rows, row_tile
@@ -193,6 +194,24 @@ def _srmsnorm_backward(ctx, dy):
 srmsnorm_fwd.register_autograd(_srmsnorm_backward, setup_context=_keep_input)
 
 
+class ForkSimpleRMSNorm(torch.autograd.Function):
+    """An op cannot return its input, so x is handed on here, around the op."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return torch.ops.tnl_kernels.srmsnorm_fwd(x, eps), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dx):
+        if dy is None:
+            return dx, None
+        return torch.ops.tnl_kernels.srmsnorm_bwd(dy, ctx.saved_tensors[0], dx, ctx.eps), None
+
+
 @operator("tnl_kernels::add_srmsnorm_fwd")
 def add_srmsnorm_fwd(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., D] in the dtype of x, and residual + x [..., D] in the dtype of residual."""
@@ -266,6 +285,11 @@ gated_srmsnorm_fwd.register_autograd(_gated_srmsnorm_backward, setup_context=_ke
 def triton_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     """The Triton form of `tnl_kernels.srmsnorm`."""
     return torch.ops.tnl_kernels.srmsnorm_fwd(x, eps)
+
+
+def triton_fork_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The Triton form of `tnl_kernels.fork_srmsnorm`."""
+    return ForkSimpleRMSNorm.apply(x, eps)
 
 
 def triton_add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tnl.data.permutation import permute
+from tnl.data.sequence_slices import slice_windows
 from tnl.data.shards import ShardSet
 from tnl.errors import ConfigError, DataError
 from tnl.model.loss import IGNORE_INDEX
@@ -66,10 +67,19 @@ class _MicroBatches(Dataset):
     """Micro-batch m of one rank, counted from the first step of training."""
 
     def __init__(
-        self, windows: Windows, micro_batch: int, per_step: int, rank: int, world_size: int, packing: bool
+        self,
+        windows: Windows,
+        micro_batch: int,
+        per_step: int,
+        rank: int,
+        world_size: int,
+        sequence_rank: int,
+        sequence_size: int,
+        packing: bool,
     ) -> None:
         self._windows, self._micro_batch, self._per_step = windows, micro_batch, per_step
         self._rank, self._world_size, self._packing = rank, world_size, packing
+        self._sequence_rank, self._sequence_size = sequence_rank, sequence_size
 
     def __getitem__(self, m: int) -> dict[str, torch.Tensor | None]:
         step, i_micro = divmod(m, self._per_step)
@@ -77,6 +87,9 @@ class _MicroBatches(Dataset):
         samples = range(first, first + self._micro_batch)
         tokens = np.stack([self._windows.tokens(i) for i in samples]).astype(np.int64)  # [micro_batch, seq_len]
         sample_ids = torch.arange(samples.start, samples.stop)
+        if self._sequence_size > 1:
+            starts = [self._windows.document_starts(i) for i in samples] if self._packing else None
+            return slice_windows(tokens, starts, self._sequence_rank, self._sequence_size) | {"sample_ids": sample_ids}
         if not self._packing:
             input_ids = torch.from_numpy(tokens)
             return {"input_ids": input_ids, "labels": input_ids.clone(), "cu_seqlens": None, "sample_ids": sample_ids}
@@ -92,7 +105,7 @@ class _MicroBatches(Dataset):
 
 
 class TrainLoader:
-    """The micro-batches of rank ``rank`` of ``world_size``.
+    """The micro-batches of rank ``rank`` of ``world_size``, or of one slice of its windows.
 
     Step s consumes the global samples s * global_batch up to (s + 1) * global_batch; a rank takes a contiguous slice
     of them and cuts it into micro-batches of ``micro_batch`` windows. So neither the number of ranks, nor the
@@ -104,7 +117,8 @@ class TrainLoader:
       cu_seqlens  int32 [N + 1], segment bounds from 0: a segment starts at each window and at each document
       sample_ids  int64 [micro_batch], global samples
     Without ``packing`` input_ids and labels are [micro_batch, seq_len] and equal, cu_seqlens is None, and a window is
-    one text.
+    one text. Of ``sequence_size`` ranks that share the windows of one ``rank``, each gets slice ``sequence_rank`` of
+    every window, as `tnl.data.sequence_slices.slice_windows` gives it: shift_labels instead of labels.
 
     Attributes: ``num_windows`` (samples per epoch), ``fingerprint`` (hex, of the data), ``micro_batches_per_step``.
     """
@@ -118,26 +132,30 @@ class TrainLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        sequence_rank: int = 0,
+        sequence_size: int = 1,
         packing: bool = True,
         num_workers: int = 0,
     ) -> None:
-        """Raises `ConfigError` when the batch sizes do not divide, `DataError` when the data do not fill one window."""
-        if micro_batch < 1 or global_batch < 1:
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch} and train.micro_batch_size: {micro_batch} must be at least 1"
-            )
-        if global_batch % (micro_batch * world_size):
-            raise ConfigError(
-                f"train.global_batch_size: {global_batch} is not a multiple of train.micro_batch_size {micro_batch} "
-                f"times {world_size} processes; set it to a multiple of {micro_batch * world_size}"
-            )
+        """Raises as `Windows` does; that the batch sizes divide is the caller's promise."""
+        assert global_batch > 0
+        assert global_batch % (micro_batch * world_size) == 0
         assert 0 <= rank < world_size
+        assert 0 <= sequence_rank < sequence_size
+        assert seq_len % sequence_size == 0
         self._windows = Windows(shards, seq_len, seed)
         self._global_batch, self._num_workers = global_batch, num_workers
         self.num_windows, self.fingerprint = self._windows.num_windows, shards.fingerprint
         self.micro_batches_per_step = global_batch // (micro_batch * world_size)
         self._micro_batches = _MicroBatches(
-            self._windows, micro_batch, self.micro_batches_per_step, rank, world_size, packing
+            self._windows,
+            micro_batch,
+            self.micro_batches_per_step,
+            rank,
+            world_size,
+            sequence_rank,
+            sequence_size,
+            packing,
         )
 
     def steps(self, start_step: int, end_step: int) -> Iterator[list[dict[str, torch.Tensor | None]]]:
@@ -166,6 +184,12 @@ class TrainLoader:
         """
         for sample in range(start_step * self._global_batch, end_step * self._global_batch):
             yield self._windows.tokens(sample), self._windows.document_starts(sample)
+
+
+def num_labelled(micro_batch: dict[str, torch.Tensor | None]) -> int:
+    """How many tokens a micro-batch of `TrainLoader` asks the model to predict."""
+    labels = micro_batch["shift_labels"] if "shift_labels" in micro_batch else micro_batch["labels"][:, 1:]
+    return (labels >= 0).sum().item()
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

@@ -11,6 +11,7 @@ from tnl.data.shards import ShardSet, check_vocabulary
 from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.evaluation.heldout import HeldoutLoss, heldout_loss
 from tnl.generation.load import load_model
+from tnl.model.baseline_training import LlamaBaseline
 
 
 def evaluate_shards(
@@ -25,7 +26,8 @@ def evaluate_shards(
     """Evaluate a model folder or hub name, print the figures, and write them to ``json_file`` if given.
 
     Args:
-        window: restart the context every so many tokens; None gives every document its full context.
+        window: restart the context every so many tokens; None gives every document its full context, and a LLaMA,
+            which has no state to carry through a document, windows of its ``max_position_embeddings``.
 
     Raises:
         DataError: the shards are damaged, or tokenized by another tokenizer than the model's.
@@ -39,7 +41,10 @@ def evaluate_shards(
         json_file = json_file.expanduser()
         _check_writable(json_file)
     shards = ShardSet.open(data, split)
-    model, _ = load_model(model_name, dtype=torch.float32 if not torch.cuda.is_available() else None)
+    dtype = torch.float32 if not torch.cuda.is_available() else None
+    model, _ = load_model(model_name, dtype=dtype, llama=LlamaBaseline)
+    if isinstance(model, LlamaBaseline):
+        window = window or model.config.max_position_embeddings
     _check_tokenizer(model_name, shards)
     check_vocabulary(shards, model.config.vocab_size)
     length = 4096 if window is None else window * max(1, 4096 // window)

@@ -62,7 +62,7 @@ def segments(shards: ShardSet, num_tokens: int, length: int, window: int | None)
 
     Args:
         window: restart the context every so many tokens, as training windows do; None carries the state through each
-            document. ``length`` must be a multiple of it.
+            document. ``length`` must be a multiple or a divisor of it.
     """
     for start in range(0, num_tokens, length):
         stop = min(start + length, num_tokens)
@@ -78,20 +78,18 @@ def segments(shards: ShardSet, num_tokens: int, length: int, window: int | None)
         if window is not None:
             edges.append(torch.arange(0, stop - start, window))
         cu_seqlens = torch.cat(edges).unique().int()
-        continues = window is None and start > 0 and not (len(begins) and begins[0] == 0)
+        goes_on = start > 0 if window is None else start % window > 0
+        continues = goes_on and not (len(begins) and begins[0] == 0)
         yield Segment(ids[: stop - start].unsqueeze(0), labels.unsqueeze(0), cu_seqlens, continues)
 
 
 def _carried(state: TransnormerState | None, segment: Segment) -> TransnormerState:
     """Initial state of a segment: the last document of the one before goes on, all others start empty."""
-    fresh = TransnormerState()
     if state is None or not segment.continues:
-        return fresh
-    num_sequences = len(segment.cu_seqlens) - 1
-    layers = [torch.cat([s[-1:], s.new_zeros(num_sequences - 1, *s.shape[1:])]) for s in state.layers]
-    positions = torch.cat([state.positions[-1:], state.positions.new_zeros(num_sequences - 1)])
-    fresh.update(layers, positions, 0)
-    return fresh
+        return TransnormerState()
+    sources = torch.full((len(segment.cu_seqlens) - 1,), -1)
+    sources[0] = len(state.positions) - 1
+    return state.continued(sources)
 
 
 def _predicted_bytes(shards: ShardSet) -> int:
@@ -119,12 +117,13 @@ def heldout_loss(
     """Loss of ``model`` on a held-out split.
 
     Args:
-        model: `TransnormerForCausalLM`, or a DeepSpeed engine around one.
+        model: `TransnormerForCausalLM`, or a DeepSpeed engine around one; a `LlamaBaseline` with a ``window`` only.
         max_tokens: read the first so many tokens only.
         window: restart the context every so many tokens; None gives every document its full context, in constant
             memory.
-        rank, world_size: read every ``world_size``-th segment; needs ``window``. All ranks make equally many forward
-            passes, because under ZeRO-3 each of them is a collective.
+        length: tokens of a forward pass; a multiple or a divisor of ``window``.
+        rank, world_size: read every ``world_size``-th segment, or window where that is longer; needs ``window``. All
+            ranks make equally many forward passes, because under ZeRO-3 each of them is a collective.
         all_reduce: sums a list over the ranks.
     """
     assert world_size == 1 or window is not None
@@ -132,15 +131,17 @@ def heldout_loss(
     was_training = model.training
     model.eval()
     loss_sum, predicted, state = 0.0, 0, None
-    rounds = -(-math.ceil(total / length) // world_size)
-    mine = (s for i, s in enumerate(segments(shards, total, length, window)) if i % world_size == rank)
+    carries = window is None or length < window
+    per_turn = 1 if window is None else max(1, window // length)  # segments that one rank must read in a row
+    rounds = per_turn * math.ceil(total / (length * per_turn) / world_size)
+    mine = (s for i, s in enumerate(segments(shards, total, length, window)) if i // per_turn % world_size == rank)
     for _ in range(rounds):
         segment = next(mine, None)
         counts = segment is not None
         if not counts:
             ids = torch.zeros(1, 1, dtype=torch.int64)
             segment = Segment(ids, torch.full_like(ids, IGNORE_INDEX), torch.tensor([0, 1], dtype=torch.int32), False)
-        state = None if window is not None else _carried(state, segment)
+        state = _carried(state, segment) if carries else None
         output = model(
             input_ids=segment.input_ids.to(device),
             shift_labels=segment.shift_labels.to(device),

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from tnl.errors import ConfigError
-from tnl.generation.generate import UNREAD, continue_text, load_state, prompt_ids, read_ids
+from tnl.generation.generate import UNREAD, continue_text, empty_state, load_state, prompt_ids, read_ids
 from tnl.generation.load import load_model
 from tnl.generation.options import GenerationOptions, check_text
-from tnl.model.state import TransnormerState, state_bytes
+from tnl.model.state import state_bytes
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None, continues: bool) -> str:
@@ -60,7 +60,7 @@ def generate(
     """Print the continuation of ``text`` as it comes.
 
     Args:
-        folder: model folder or hub name.
+        folder: model folder or hub name, of a LLaMA baseline, too, which has no state to load or to save.
         options: None reads the prompt and generates nothing.
         echo: print ``text`` before its continuation.
         load_from: the state of the text before.
@@ -69,13 +69,18 @@ def generate(
     Raises:
         ConfigError, CheckpointError: the model, the prompt or the state cannot be read.
     """
-    model, tokenizer = load_model(folder)
-    state, unread = TransnormerState(), None
+    from transformers import LlamaForCausalLM
+
+    model, tokenizer = load_model(folder, llama=LlamaForCausalLM)
+    state, unread = empty_state(model), None
+    if state is None and (load_from is not None or save_to is not None):
+        raise ConfigError(f"{folder}: a LLaMA has no state of constant size; leave out --save-state and --load-state")
     if load_from is not None:
         state, unread = load_state(load_from.expanduser(), model)
     ids = prompt_ids(tokenizer, text, unread)
-    behind = f" behind the {state.length:,} of the state" if state.length else ""
-    print(f"prompt: {len(ids):,} tokens{behind}; {size_of_state(model)}", file=sys.stderr)
+    behind = f" behind the {state.length:,} of the state" if state is not None and state.length else ""
+    memory = "a LLaMA, whose cache grows" if state is None else size_of_state(model)
+    print(f"prompt: {len(ids):,} tokens{behind}; {memory}", file=sys.stderr)
     if save_to is not None:
         # The last token stays unread: with it, an empty prompt continues the state, too.
         read_ids(model, ids[:-1], state)

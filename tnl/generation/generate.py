@@ -44,6 +44,11 @@ def prompt_ids(tokenizer, prompt: str, unread: list[int] | None = None) -> list[
     return ids
 
 
+def empty_state(model) -> TransnormerState | None:
+    """The state of a model that has read nothing; None for a LLaMA, whose cache is made and dropped by `generate()`."""
+    return TransnormerState() if model.config.model_type == "transnormer" else None
+
+
 def read_ids(model, ids: list[int], state: TransnormerState) -> None:
     """Let ``state`` read ``ids``, in constant memory."""
     if ids:
@@ -55,7 +60,7 @@ def continue_text(
     model,
     tokenizer,
     ids: list[int],
-    state: TransnormerState,
+    state: TransnormerState | None,
     options: GenerationOptions,
     on_text: Callable[[str], None] = lambda text: None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -64,7 +69,7 @@ def continue_text(
 
     Args:
         state: of one sequence. Afterwards it has read ``ids`` and all generated tokens but the last; with beams it
-            stays as it was.
+            stays as it was. None as in `empty_state`.
         on_text: called with each piece of text as soon as it is complete.
         interrupted: asked after each token whether to stop.
     """
@@ -75,7 +80,7 @@ def continue_text(
         on_text(text)
 
     stream = TextStream(tokenizer, len(ids), give_out, options.stop, interrupted)
-    if options.num_beams > 1:
+    if options.num_beams > 1 and state is not None:
         state = state.fork()
         state.batch_repeat_interleave(options.num_beams)
     # A generation does not disturb, or depend on, the random state of its caller.
@@ -96,10 +101,11 @@ def continue_text(
     return Continuation(new, "".join(pieces), stream.stopped)
 
 
-def _generate(model, ids: list[int], state: TransnormerState, **arguments) -> list[int]:
+def _generate(model, ids: list[int], state: TransnormerState | None, **arguments) -> list[int]:
     """Ids that ``model.generate`` puts behind ``ids``."""
     inputs = torch.tensor([ids], device=model.device)
-    mask = torch.ones(1, state.length + len(ids), dtype=torch.int64, device=model.device)
+    num_read = 0 if state is None else state.length
+    mask = torch.ones(1, num_read + len(ids), dtype=torch.int64, device=model.device)
     output = model.generate(inputs, attention_mask=mask, past_key_values=state, **arguments)
     return output[0, len(ids) :].tolist()
 
@@ -117,7 +123,7 @@ def generate_text(
         ConfigError: see `GenerationOptions` and `prompt_ids`.
     """
     chosen = GenerationOptions(**options)
-    return continue_text(model, tokenizer, prompt_ids(tokenizer, prompt), TransnormerState(), chosen, on_text).text
+    return continue_text(model, tokenizer, prompt_ids(tokenizer, prompt), empty_state(model), chosen, on_text).text
 
 
 def load_state(file: str | Path, model) -> tuple[TransnormerState, list[int]]:

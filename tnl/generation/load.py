@@ -5,29 +5,48 @@ import torch
 from tnl.errors import ConfigError
 
 
-def load_model(name: str, *, dtype: torch.dtype | None = None):
+def load_model(name: str, *, dtype: torch.dtype | None = None, llama: type | None = None):
     """Model in evaluation mode on the GPU if there is one, and its tokenizer; code that a folder brings is never run.
 
     Args:
         name: model folder or hub name of a TNL model.
         dtype: of the weights; default as saved.
+        llama: class for a LLaMA baseline, where that will do in place of a TNL.
 
     Raises:
-        ConfigError: it cannot be loaded, or is no TNL model.
+        ConfigError: it cannot be loaded, or is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils.logging import disable_progress_bar
 
     from tnl.model import TransnormerConfig
 
     disable_progress_bar()
     config = _load(AutoConfig, name, "config.json")
-    if not isinstance(config, TransnormerConfig):
+    if isinstance(config, LlamaConfig) and llama is not None:
+        model = _load_llama(llama, name, dtype)
+    elif isinstance(config, TransnormerConfig):
+        model = _load(AutoModelForCausalLM, name, "the weights", dtype=dtype or "auto")
+    else:
         raise ConfigError(f"{name}: model_type {config.model_type!r}, expected transnormer")
-    model = _load(AutoModelForCausalLM, name, "the weights", dtype=dtype or "auto")
     tokenizer = _load(AutoTokenizer, name, "the tokenizer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def _load_llama(kind: type, name: str, dtype: torch.dtype | None):
+    """As a TNL is loaded: from its folder alone, and every weight must be there."""
+    from tnl.model.loading import check_index_files, weight_problems
+
+    try:
+        check_index_files(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model, info = _load(kind, name, "the weights", dtype=dtype or "auto", output_loading_info=True)
+    problems = weight_problems(model, info, allow_other_shapes=False)
+    if problems:
+        raise ConfigError(f"{name}: weights do not fit the configuration; {'; '.join(problems)}; export it again")
+    return model
 
 
 def _load(loader, name: str, part: str, **options):

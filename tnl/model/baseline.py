@@ -60,6 +60,34 @@ def llama_config(config: TransnormerConfig, *, max_position_embeddings: int = 20
     return LlamaConfig(**(values | overrides))
 
 
+def llama_num_parameters(config: LlamaConfig) -> int:
+    """All trained parameters, a tied head counted once."""
+    D = config.hidden_size
+    untied = 0 if config.tie_word_embeddings else D * config.vocab_size
+    return _matmul_parameters(config) + (2 * config.num_hidden_layers + 1) * D + untied
+
+
+def _matmul_parameters(config: LlamaConfig) -> int:
+    D, K = config.hidden_size, config.head_dim
+    attention = 2 * D * K * (config.num_attention_heads + config.num_key_value_heads)
+    return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size) + D * config.vocab_size
+
+
+def llama_training_flops_per_token(config: LlamaConfig, length: int) -> int:
+    """Floating-point operations of the forward and backward pass per token, a multiply-add counted as two.
+
+    Each matmul weight costs 6. Attention is counted as causal: a token reads (length + 1) / 2 tokens in the mean, at 2
+    K for the score and 2 K for the sum per head, three times over for the backward pass. As for a TNL, what a kernel
+    computes in vain or anew is not counted. Packed documents are shorter than ``length``, so with packing the number
+    is the most that a window can cost.
+
+    Args:
+        length: of the sequences, in tokens.
+    """
+    per_layer = 2 * config.num_attention_heads * config.head_dim * (length + 1)
+    return 6 * _matmul_parameters(config) + 3 * per_layer * config.num_hidden_layers
+
+
 def _rounded(width: float, allowed: float) -> int:
     """The multiple of the largest power of two up to `MLP_MULTIPLE` that is at most ``allowed`` from ``width``."""
     multiple = MLP_MULTIPLE

@@ -1,13 +1,16 @@
 """The parts of a TNL block: two kinds of gated lightning attention over time, a gated linear unit over channels."""
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tnl_kernels import lightning_attention_packed, sglu
 from torch import nn
 
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.decay import slopes_tensor
 from tnl.model.gated_attention import GatedAttention
+from tnl.model.tensor_parallel import project, project_back
 
 
 class TokenMixer(GatedAttention):
@@ -19,17 +22,20 @@ class TokenMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def mix(self, x, positions, is_step, sequence):
+    def mix(self, x, slopes, positions, is_step, sequence, exchange):
         """See `GatedAttention.mix`."""
-        qkvu = self.qkvu_proj(x)  # [B, T, 4 * H * K]
+        (qkvu,) = project(x, self.tensor_group, self.qkvu_proj)  # [B, T, 4 * H * K]
         if self.lrpe is None and not is_step:
-            slopes = slopes_tensor(self.slopes, x.device)
-            return lightning_attention_packed(
-                qkvu, slopes, num_heads=self.num_heads, activation=self.activation, **sequence
+            attend = partial(
+                lightning_attention_packed, qkvu, slopes, num_heads=self.num_heads, activation=self.activation
             )
+            if exchange is None:
+                return attend(**sequence)
+            q, k, v, _ = qkvu.unflatten(-1, (4, self.num_heads, -1)).unbind(2)  # [B, T, H, K]
+            return exchange.attention(attend, q, k, v, slopes, self.activation)
         q, k, v, u = qkvu.chunk(4, dim=-1)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))  # [B, T, H, K]
-        o, state = self.attend(q, k, v, positions, is_step, sequence, activation=self.activation)
+        o, state = self.attend(q, k, v, slopes, positions, is_step, sequence, exchange, activation=self.activation)
         return o, u, state
 
 
@@ -49,13 +55,14 @@ class LowRankGateMixer(GatedAttention):
         self.out_proj = nn.Linear(config.hidden_dim, config.decoder_embed_dim, bias=False)
         self.lrpe = self.new_lrpe(config, layer)
 
-    def mix(self, x, positions, is_step, sequence):
+    def mix(self, x, slopes, positions, is_step, sequence, exchange):
         """See `GatedAttention.mix`."""
-        qkv = self.qkv_proj(x)  # [B, T, 3 * H * K]
+        narrow, widen = self.output_gate
+        qkv, gate = project(x, self.tensor_group, self.qkv_proj, whole=(narrow,))  # [B, T, 3 * H * K], [B, T, gate_dim]
         qkv = F.silu(qkv) if self.activation else qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, K]
-        o, state = self.attend(q, k, v, positions, is_step, sequence)
-        return o, torch.sigmoid(self.output_gate(x)), state
+        o, state = self.attend(q, k, v, slopes, positions, is_step, sequence, exchange)
+        return o, torch.sigmoid(widen(gate)), state
 
 
 def token_mixer(config: TransnormerConfig, layer: int) -> GatedAttention:
@@ -71,7 +78,8 @@ class ChannelMixer(nn.Module):
         self.l1 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=False)
         self.l2 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=False)
         self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=False)
+        self.tensor_group: dist.ProcessGroup | None = None  # ranks that hold the other channels, see tensor_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        return self.l3(sglu(self.l1(x), self.l2(x)))
+        return project_back(sglu(*project(x, self.tensor_group, self.l1, self.l2)), self.tensor_group, self.l3)

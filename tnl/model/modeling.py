@@ -4,7 +4,7 @@ import pickle
 
 import torch
 from safetensors import SafetensorError
-from tnl_kernels import add_srmsnorm, srmsnorm
+from tnl_kernels import add_srmsnorm, fork_srmsnorm, srmsnorm
 from tnl_kernels.checks import check_cu_seqlens
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tnl.model.configuration import TransnormerConfig
+from tnl.model.decay import slopes_tensor
 from tnl.model.decoding import TransnormerGenerationMixin
 from tnl.model.loading import check_index_files, weight_problems
 from tnl.model.loss import IGNORE_INDEX, cross_entropy_of_logits, linear_cross_entropy
@@ -30,9 +31,12 @@ class TransnormerDecoderLayer(GradientCheckpointingLayer):
         self.token_mixer = token_mixer(config, layer)
         self.channel_mixer = ChannelMixer(config)
 
-    def forward(self, x, positions, cu_seqlens, initial_state, output_final_state, is_step):
-        """x [B, T, D] -> (x [B, T, D], final state [N, H, K, V] or None)."""
-        mixed, state = self.token_mixer(srmsnorm(x), positions, cu_seqlens, initial_state, output_final_state, is_step)
+    def forward(self, x, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange=None):
+        """x [B, T, D], slopes fp32 [H] -> (x [B, T, D], final state [N, H, K, V] or None)."""
+        y, x = fork_srmsnorm(x)
+        mixed, state = self.token_mixer(
+            y, slopes, positions, cu_seqlens, initial_state, output_final_state, is_step, exchange
+        )
         y, x = add_srmsnorm(mixed, x)
         return x + self.channel_mixer(y), state
 
@@ -154,17 +158,24 @@ class TransnormerModel(TransnormerPreTrainedModel):
                 before and after: go on from a `TransnormerState.fork` made before.
             cu_seqlens: int32 [N + 1] with B = 1: N packed sequences, each starting from its own state; [0, ..., T].
             use_cache: whether to make and return a state; default the config's, and False in training.
+            sequence_shard: a `tnl.model.sequence_parallel.SequenceShard`: the input is one rank's slice of windows that
+                several ranks share; without padding and without a state.
             output_hidden_states: also return the embeddings and the output of each block [B, T, D]; the last one after
                 the final norm.
 
         Raises:
             ValueError: ids and embeddings both or neither given, a mask of another shape or together with
-                ``cu_seqlens``, or ``past_key_values`` of another model or batch.
+                ``cu_seqlens``, ``past_key_values`` of another model or batch, or a ``sequence_shard`` of another batch
+                or together with a mask or a state.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        shard = kwargs.get("sequence_shard")
+        if shard is not None and (attention_mask is not None or past_key_values is not None or use_cache):
+            raise ValueError("sequence_shard: goes with neither attention_mask nor past_key_values nor use_cache")
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+            stateful = self.config.use_cache and not self.training and shard is None
+            use_cache = past_key_values is not None or stateful
         state = past_key_values if past_key_values is not None else TransnormerState() if use_cache else None
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x * self.embed_scale  # [B, T, D]
@@ -198,15 +209,18 @@ class TransnormerModel(TransnormerPreTrainedModel):
             raise ValueError(f"past_key_values holds {len(state.layers)} layers, the model has {len(self.layers)}")
         if start is not None and len(start) != num_sequences:
             raise ValueError(f"past_key_values holds {len(start)} sequences, the input has {num_sequences}")
-        positions = self._positions(x, cu_seqlens, start)
+        exchange = None if shard is None else shard.exchange(*x.shape[:2], cu_seqlens)
+        positions = self._positions(x, cu_seqlens, start if exchange is None else exchange.starts)
         # Asked before the blocks: gradient checkpointing may run them without gradients first, and then once more.
         is_step = x.shape[1] == 1 and cu_seqlens is None and start is not None and not torch.is_grad_enabled()
         finals, hidden_states = [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(x)
+            # An argument, not an attribute read inside: so one compilation of a layer serves all layers.
+            slopes = slopes_tensor(layer.token_mixer.slopes, x.device)
             initial = None if state is None else state.layer(i)
-            x, final = layer(x, positions, cu_seqlens, initial, state is not None, is_step)
+            x, final = layer(x, slopes, positions, cu_seqlens, initial, state is not None, is_step, exchange)
             if start is not None:
                 state.layers[i] = final  # at once: otherwise the states of all layers would be there twice
             finals.append(final)
@@ -318,6 +332,7 @@ class TransnormerForCausalLM(TransnormerGenerationMixin, TransnormerPreTrainedMo
             cu_seqlens=cu_seqlens,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            sequence_shard=kwargs.get("sequence_shard"),
         )
         hidden = output.last_hidden_state
         loss = loss_sum = num_tokens = logits = None

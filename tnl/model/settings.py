@@ -11,6 +11,9 @@ class ModelSettings(Settings):
     """A TNL architecture. ``preset`` names a file of ``configs/model`` whose values stand where the YAML gives none."""
 
     preset: str | None = Field(default=None, description="name of a file in configs/model, without .yaml")
+    kind: Literal["tnl", "llama"] = Field(
+        default="tnl", description="tnl, or the LLaMA with as many parameters as the TNL that the other keys describe"
+    )
     vocab_size: int = Field(ge=3, description="number of token ids; at least the tokenizer's")
     hidden_size: int = Field(ge=1, description="model width D")
     num_layers: int = Field(ge=1, description="number of blocks L")
@@ -38,6 +41,14 @@ class ModelSettings(Settings):
         for layer in self.lrpe_layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"lrpe_layers: there is no layer {layer}, layers are 0 to {self.num_layers - 1}")
+        if self.kind == "llama":
+            from tnl.model.baseline import llama_config
+
+            try:
+                llama_config(self.to_config())
+            except ValueError as error:
+                text = str(error).removeprefix("decoder_embed_dim: ")
+                raise ValueError(f"hidden_size: {text}, or set kind: tnl") from None
         return self
 
     def to_config(self, **overrides):

@@ -101,6 +101,25 @@ class TransnormerState:
             copy.positions = self.positions.clone()
         return copy
 
+    def continued(self, sources: torch.Tensor) -> "TransnormerState":
+        """A state of other sequences, with gradients to this one.
+
+        Args:
+            sources: int64 [N'], in host memory, so that nothing waits for the device: sequence n goes on from sequence
+                ``sources[n]`` of this state, or starts from zero where that is -1.
+        """
+        copy = TransnormerState()
+        copy.length, copy.notes = self.length, dict(self.notes)
+        if self.layers is not None:
+            rows = (sources >= 0).nonzero().squeeze(1)
+            taken = sources[rows].to(self.positions.device, non_blocking=True)
+            rows = rows.to(self.positions.device, non_blocking=True)
+            *copy.layers, copy.positions = (
+                tensor.new_zeros(len(sources), *tensor.shape[1:]).index_copy(0, rows, tensor.index_select(0, taken))
+                for tensor in (*self.layers, self.positions)
+            )
+        return copy
+
     def detach(self) -> "TransnormerState":
         """The same values without their graph, in the same memory: for truncated back-propagation through time."""
         copy = TransnormerState()

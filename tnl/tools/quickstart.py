@@ -167,10 +167,12 @@ def _prompts(source: dict, shards_folder: Path, heldout: ShardSet) -> tuple[str,
 
 
 def _generate(model: str, prompts: tuple[str, ...]) -> list[str]:
+    from transformers import LlamaForCausalLM
+
     from tnl.generation.generate import generate_text
     from tnl.generation.load import load_model
 
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, llama=LlamaForCausalLM)
     samples = []
     for prompt in prompts:
         text = generate_text(network, tokenizer, prompt, max_new_tokens=64, temperature=0.7)

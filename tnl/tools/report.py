@@ -13,6 +13,7 @@ import numpy as np
 
 from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, DataError
+from tnl.tools.report_page import write_page
 from tnl.training.status import read_status
 
 # Okabe & Ito's palette: told apart with every common kind of colour blindness, and in grey.
@@ -51,6 +52,7 @@ FIELDS = {
         "step_time_s",
     ),
     "evaluation": ("step", "tokens", "loss"),
+    "layers": ("step",),
 }
 NEVER_NULL = ("step", "time", "tokens", "skipped")
 
@@ -59,7 +61,7 @@ NEVER_NULL = ("step", "time", "tokens", "skipped")
 class Report:
     """What `report` wrote and found."""
 
-    folder: Path  # holds loss.png and run.png
+    folder: Path  # holds loss.png, run.png and index.html, which shows them
     rows: list[tuple[str, str]]  # the table: what, value with its unit
     notes: list[str]  # what the reader must know to trust the table
 
@@ -74,7 +76,7 @@ class Metrics:
 
 
 def report(run_dir: Path) -> Report:
-    """Write ``loss.png`` and ``run.png`` to ``run_dir/report`` and return them with a table of the run.
+    """Write ``loss.png``, ``run.png`` and ``index.html`` to ``run_dir/report`` and return them with a table of the run.
 
     Reads ``metrics.jsonl``, and ``run_status.json`` and ``config.yaml`` if there are any. Raises DataError for metrics
     that are missing, empty or malformed, ConfigError for a ``config.yaml`` that is no YAML, and CannotWriteError if the
@@ -86,14 +88,17 @@ def report(run_dir: Path) -> Report:
     folder = run_dir / "report"
     try:
         folder.mkdir(exist_ok=True)
-        _plot(metrics, window, run_dir.resolve().name, folder)
+        name = run_dir.resolve().name
+        _plot(metrics, window, name, folder)
+        rows = _run_rows(run_dir) + _table(metrics, window)
+        write_page(folder, name, rows, run_dir / "metrics.jsonl", ["loss.png", "run.png"])
     except OSError as error:
         raise CannotWriteError(f"{folder}: cannot write the report: {error}; free the disk or the folder") from error
-    return Report(folder, _run_rows(run_dir) + _table(metrics, window), metrics.notes)
+    return Report(folder, rows, metrics.notes)
 
 
 def read_metrics(run_dir: Path) -> Metrics:
-    """Read and check ``run_dir/metrics.jsonl``: one JSON object a line, of kind "train" or "evaluation".
+    """Read and check ``run_dir/metrics.jsonl``: one JSON object a line, of a kind of `FIELDS`.
 
     A killed run may leave a torn last line, which is left out with a note. Raises DataError with file and line.
     """
@@ -251,7 +256,7 @@ def _plot(metrics: Metrics, window: int, name: str, folder: Path) -> None:
         _draw_loss(whole, metrics, window, f"{name}: loss")
         _draw_loss(late, metrics, window, "The last half")
         _show_last_half(late, metrics)
-        _save(figure, folder / "loss.png")
+        save_figure(figure, folder / "loss.png")
 
         figure = Figure(figsize=(11, 7), layout="constrained")
         figure.suptitle(name, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -267,12 +272,12 @@ def _plot(metrics: Metrics, window: int, name: str, folder: Path) -> None:
         norm.yaxis.set_minor_formatter(NullFormatter())
         _mark_skipped(norm, train)
         _draw_series(speed, train, "tokens_per_s", window, GREEN, "Throughput", "tokens per second")
-        speed.yaxis.set_major_formatter(_formatter())
+        speed.yaxis.set_major_formatter(number_formatter())
         speed.set_ylim(bottom=0)
-        _save(figure, folder / "run.png")
+        save_figure(figure, folder / "run.png")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG of 128 colours: a third of the bytes, and no difference to the eye for lines on white.
 
     The colours are chosen to cover all that occur: a choice by area would give a few small markers the colour of the
@@ -312,7 +317,7 @@ def _draw_series(
 ) -> None:
     """One field over the tokens seen: the logged values, pale, under their running mean where there are enough."""
     axes.set(title=title, xlabel="training tokens", ylabel=unit)
-    axes.xaxis.set_major_formatter(_formatter())
+    axes.xaxis.set_major_formatter(number_formatter())
     axes.margins(x=0.02)
     if window == 1:
         marker = "." if train["step"].size <= 30 else ""  # a few values, or one, do not show as a line
@@ -333,7 +338,8 @@ def _mark_skipped(axes: Any, train: dict[str, np.ndarray]) -> None:
         axes.legend(loc="upper right")
 
 
-def _formatter() -> Any:
+def number_formatter() -> Any:
+    """Numbers of an axis with a unit: 10M."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, position: _short(value, digits=4))

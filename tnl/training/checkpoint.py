@@ -30,6 +30,13 @@ class RunState:
     skipped_steps: int = 0  # left out because a gradient was not finite
     consecutive_skipped: int = 0
 
+    def count(self, tokens: int, *, applied: bool) -> None:
+        """A step of ``tokens`` is done, and was ``applied`` or left out."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped_steps += not applied
+        self.consecutive_skipped = 0 if applied else self.consecutive_skipped + 1
+
 
 def safe_globals() -> list:
     """Classes besides tensors that DeepSpeed's optimizer files hold; everything else is refused by the unpickler."""
@@ -186,7 +193,7 @@ def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -
             if resume == "auto":
                 step = store.newest_valid(warn)
             else:
-                step = _parse_tag(store, resume)
+                step = named_step(store, resume)
                 store.verify(step)
         except (CheckpointError, ConfigError) as error:
             problem = error
@@ -195,7 +202,13 @@ def choose_checkpoint(store: CheckpointStore, resume: str, ranks: Ranks, warn) -
     return None if step < 0 else int(step)
 
 
-def _parse_tag(store: CheckpointStore, resume: str) -> int:
+def named_step(store: CheckpointStore, resume: str) -> int:
+    """The step that ``--resume`` names: a number, or ``step_NNNNNNNN``.
+
+    Raises:
+        ConfigError: it names none.
+        CheckpointError: there is no such checkpoint.
+    """
     digits = resume.removeprefix("step_")
     if not digits.isdigit():
         raise ConfigError(f"--resume {resume}: give auto, or the step of a checkpoint")
@@ -205,8 +218,8 @@ def _parse_tag(store: CheckpointStore, resume: str) -> int:
     return int(digits)
 
 
-def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> tuple[RunState, dict]:
-    """Load engine and random states of a verified checkpoint; returns the loop's state and the manifest.
+def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> RunState:
+    """Load engine and random states of a verified checkpoint; returns the loop's state.
 
     Raises:
         CheckpointError: saved by another number of processes, or a file differs from the manifest.
@@ -225,4 +238,4 @@ def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> 
         raise CheckpointError(f"{folder}: DeepSpeed found no engine state in it")
     tensors = load_file(str(folder / f"random_{ranks.rank:05d}.safetensors"))
     _set_random_state(tensors, json.loads((folder / f"random_{ranks.rank:05d}.json").read_text()))
-    return RunState(**manifest["run"]), manifest
+    return RunState(**manifest["run"])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tnl.errors import CheckpointError, ConfigError
 from tnl.files import new_folder, sha256_of
 from tnl.training.commit import MANIFEST, CheckpointStore
 from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, load_run_settings
+from tnl.training.settings import PretrainSettings
 
 EXPORTS = "exports"
 
@@ -45,20 +47,23 @@ def export_run(run: Path, destination: Path, step: int | None = None, warn=print
         raise CheckpointError(f"{run}: no checkpoint of step {step}; steps there: {store.steps()}")
     if step is None:
         raise CheckpointError(f"{run}: no checkpoint yet; let the run reach checkpoint.every steps")
-    weights = _consolidate(store.path(step))
+    settings = load_run_settings(run)
+    weights = _consolidate(store.path(step), settings.train.tensor_parallel)
     with new_folder(destination) as scratch:
-        _write(run, weights, scratch)
+        _write(run, settings, weights, scratch)
     return destination
 
 
-def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _write(run: Path, settings: PretrainSettings, weights: dict[str, torch.Tensor], folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from tnl.model import TransnormerForCausalLM
+    from tnl.model.kinds import exported_class, model_config
 
     disable_progress_bar()
+    config = model_config(settings.model, settings.train.sequence_length)
+    config.dtype = torch.float32
     with torch.device("meta"):
-        model = TransnormerForCausalLM(load_run_settings(run).model.to_config(dtype="float32"))
+        model = exported_class(config)(config)
     model.to_empty(device="cpu")
     model.tie_weights()
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -69,8 +74,17 @@ def _write(run: Path, weights: dict[str, torch.Tensor], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights of a checkpoint of any ZeRO stage and number of ranks."""
+def _consolidate(checkpoint: Path, num_parts: int) -> dict[str, torch.Tensor]:
+    """fp32 weights of a checkpoint of any ZeRO stage and number of ranks, which shared the blocks by ``num_parts``."""
+    from tnl.model.tensor_parallel import merged
+
+    parts = [_consolidated_part(checkpoint, part) for part in range(num_parts)]
+    # Rank 0 alone notes the second name of a tied weight, which loading the model restores.
+    return {name: merged(name, [part.pop(name) for part in parts]) for name in list(parts[-1])}
+
+
+def _consolidated_part(checkpoint: Path, part: int) -> dict[str, torch.Tensor]:
+    """What the ranks with part number ``part`` of the blocks held."""
     from tnl.training.checkpoint import ENGINE_TAG, safe_globals  # sets DeepSpeed up before the next line imports it
 
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # isort: skip
@@ -79,10 +93,15 @@ def _consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(safe_globals()):
-            if any((checkpoint / ENGINE_TAG).glob("*_optim_states.pt")):
-                return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
-            (file,) = (checkpoint / ENGINE_TAG).glob("mp_rank_*_model_states.pt")
+        with torch.serialization.safe_globals(safe_globals()), tempfile.TemporaryDirectory() as view:
+            # DeepSpeed's converter takes all files of a folder for those of one part, by the names of part 0.
+            names = Path(view) / ENGINE_TAG
+            names.mkdir()
+            for file in (checkpoint / ENGINE_TAG).glob(f"*mp_rank_{part:02d}_*.pt"):
+                (names / file.name.replace(f"mp_rank_{part:02d}_", "mp_rank_00_")).symlink_to(file.resolve())
+            if any(names.glob("*_optim_states.pt")):
+                return get_fp32_state_dict_from_zero_checkpoint(view, tag=ENGINE_TAG)
+            (file,) = names.glob("mp_rank_*_model_states.pt")
             module = torch.load(file, map_location="cpu", weights_only=True)["module"]
             return {name: tensor.float() for name, tensor in module.items()}
     finally:

@@ -9,6 +9,23 @@ from pathlib import Path
 
 from tnl.errors import CannotWriteError, RunInUseError
 
+FILE = ".lock"
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that last held ``folder`` is gone; False where this machine cannot know.
+
+    The lock of a process on another machine may not be seen here, so only one of this machine is asked for.
+    """
+    try:
+        with open(folder / FILE, encoding="utf-8") as file:
+            if json.load(file).get("host") != socket.gethostname():
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+    except (OSError, ValueError):
+        return False
+
 
 class RunLock:
     """Holds ``.lock`` in the run folder until closed or until the process ends; a killed run leaves nothing to clean
@@ -18,7 +35,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
-        path = folder / ".lock"
+        path = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open: the lock lives as long as it

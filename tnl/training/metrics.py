@@ -102,6 +102,10 @@ class MetricsWriter:
             f"bits/token{per_byte}"
         )
 
+    def layers(self, row: dict) -> None:
+        """Record norms of the blocks."""
+        self._write({"kind": "layers", "time": time.time(), **row})
+
     def message(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)

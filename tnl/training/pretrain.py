@@ -2,34 +2,41 @@
 
 import contextlib
 import math
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from rich.console import Console
-from tnl_kernels.dispatch import form_of
 
 from tnl import config
-from tnl.data.loader import TrainLoader
-from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
+from tnl.data.shards import TOKENIZER_FILE, ShardSet
 from tnl.data.tokenizer_export import export_tokenizer
-from tnl.errors import EXIT_INTERNAL, EXIT_PREEMPTED, CheckpointError, DataError, NonFiniteError, UserError
+from tnl.errors import EXIT_PREEMPTED, ConfigError, NonFiniteError, UserError
 from tnl.evaluation.heldout import heldout_loss
 from tnl.files import write_atomically
-from tnl.model import TransnormerForCausalLM
-from tnl.model.flops import num_parameters, training_flops_per_token
-from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, save_checkpoint
+from tnl.model.kinds import model_class, model_config
+from tnl.training.announcement import announce
+from tnl.training.blocks import check_compile
+from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, named_step, save_checkpoint
 from tnl.training.commit import CheckpointStore
-from tnl.training.engine import Ranks, build_engine, deepspeed_config, init_ranks
+from tnl.training.engine import ELSEWHERE, Ranks, build_engine, build_model, deepspeed_config, init_ranks
 from tnl.training.faults import fault_point
 from tnl.training.hardware import peak_flops
 from tnl.training.lock import RunLock
+from tnl.training.mesh import Mesh, build_mesh
 from tnl.training.metrics import MetricsWriter, finite_or_none
-from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, check_run_folder, config_hash, move_aside, versions
+from tnl.training.out_of_memory import out_of_memory_advice
+from tnl.training.profiling import StepProfiler
+from tnl.training.run_data import RunData, open_data
+from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, check_run_folder, move_aside
+from tnl.training.run_identity import check_same_run, identity
+from tnl.training.same_start import check_same_start
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings
-from tnl.training.status import read_status, write_status
+from tnl.training.status import record_failure, record_start, write_status
 from tnl.training.stop import StopRequest
+from tnl.training.throughput import Throughput
+from tnl.training.timing import StepTimer, peak_memory
+from tnl.training.train_step import StepResult, TrainStep
 
 
 def pretrain(
@@ -48,201 +55,232 @@ def pretrain(
     Raises:
         UserError: see `tnl.errors`; each class has its exit code. On every rank of the run.
     """
+    if fresh and resume != "auto":
+        raise ConfigError("--fresh: begins anew, and --resume goes on; give only one of them")
     ranks = init_ranks()
-    console = console or Console()
+    check_same_start(settings, ranks)
     # What can be refused is refused before the run folder is touched.
-    deepspeed_config(settings, ranks.world_size)
-    data = _open_data(settings, ranks)
+    _check_settings(settings, ranks)
+    mesh = build_mesh(settings.train, ranks)
+    data = open_data(settings, mesh)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
             try:
+                if resume != "auto":
+                    named_step(CheckpointStore(settings.output / CHECKPOINTS), resume)
                 if fresh:
                     move_aside(settings.output)
                 check_run_folder(settings)
                 stack.callback(RunLock(settings.output).close)
                 check_run_folder(settings)
+                record_start(settings.output, settings.train.steps)
             except UserError as error:
                 problem = error
         ranks.raise_together(problem)
         try:
-            return _run(settings, data, resume, ranks, console, stack)
+            with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
+                run = _Run(settings, data, ranks, mesh, console or Console(), stack)
+                return run.train(resume)
         except BaseException as error:
-            if ranks.is_main:
-                code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
-                step = read_status(settings.output).get("step", 0)
-                with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-                    write_status(
-                        settings.output, "failed", step, settings.train.steps, exit_code=code, error=str(error)
-                    )
+            if str(error) != ELSEWHERE:
+                record_failure(settings.output, error)
             raise
 
 
-def _run(settings: PretrainSettings, data, resume: str, ranks: Ranks, console: Console, stack) -> str:
-    train, folder = settings.train, settings.output
-    shards, heldout, loader = data
-    stop = StopRequest(folder)
-    stack.callback(stop.close)
+def _check_settings(settings: PretrainSettings, ranks: Ranks) -> None:
+    """Refuse on all ranks together what some rank's machine or the number of ranks does not allow."""
+    problem = None
+    try:
+        deepspeed_config(settings, ranks.world_size)
+        check_compile(settings.train, ranks.device)
+    except UserError as error:
+        problem = error
+    ranks.raise_together(problem)
 
-    def warn(text: str) -> None:
-        console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
-    store, state = CheckpointStore(folder / CHECKPOINTS), RunState()
-    step = choose_checkpoint(store, resume, ranks, warn)
-    if step == train.steps:
-        if ranks.is_main:
-            console.print(f"{folder}: all {train.steps} steps are done, nothing to train", highlight=False)
-            write_status(folder, "finished", step, train.steps, exit_code=0)
+class _Run:
+    """A run whose folder is ours: from the choice of a checkpoint to the last step.
+
+    Args:
+        stack: closes what the run opens.
+    """
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        data: RunData,
+        ranks: Ranks,
+        mesh: Mesh,
+        console: Console,
+        stack: contextlib.ExitStack,
+    ):
+        self.settings, self.data, self.ranks, self.mesh = settings, data, ranks, mesh
+        self.console, self.stack = console, stack
+        self.identity = identity(settings, data)
+        self.store = CheckpointStore(settings.output / CHECKPOINTS)
+        self.state = RunState()
+        self.metrics: MetricsWriter | None = None  # rank 0 has one
+        self.stop = StopRequest(settings.output)
+        stack.callback(self.stop.close)
+
+    def train(self, resume: str) -> str:
+        """Make the steps that are missing; returns ``finished`` or ``preempted``."""
+        chosen = choose_checkpoint(self.store, resume, self.ranks, self._warn)
+        if chosen == self.settings.train.steps:
+            if self.ranks.is_main:
+                self._say(f"{self.settings.output}: all {chosen} steps are done, nothing to train")
+                self.state.step = chosen
+                self._record("finished", exit_code=0)
+            return "finished"
+        if chosen is not None:
+            # First, because DeepSpeed reads files of another layout without such a message.
+            check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
+        torch.manual_seed(self.settings.seed)
+        network = model_config(self.settings.model, self.settings.train.sequence_length)
+        model = build_model(lambda: model_class(network)(network), self.settings, self.ranks, self.mesh.tensor)
+        self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
+        if chosen is not None:
+            self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks)
+        self._write_folder(chosen)
+        peak, source = peak_flops(self.ranks.device, self.settings.logging.peak_tflops)
+        self.throughput = Throughput(self.settings.train, network, self.ranks.world_size, peak)
+        if self.ranks.is_main:
+            announce(
+                self.settings,
+                network,
+                self.ranks,
+                self.mesh,
+                first_step=self.state.step,
+                peak=peak,
+                peak_source=source,
+                say=self._say,
+            )
+            self._start_metrics()
+            self._record("running")
+        return self._steps()
+
+    def _steps(self) -> str:
+        settings, train, state = self.settings, self.settings.train, self.state
+        self.engine.train()
+        timer = StepTimer(self.ranks.device)
+        step = TrainStep(self.engine, train, self.ranks, self.mesh, self.stop, timer)
+        profiler = StepProfiler(settings.output, settings.logging.profile_steps, self.ranks.rank)
+        norms_every = settings.logging.layer_norms_every
+        batches = self.data.loader.steps(state.step, train.steps)
+        while state.step < train.steps:
+            profiler.begin(state.step + 1)
+            timer.begin()
+            micro_batches = next(batches)
+            fault_point("step", step=state.step)
+            lr = learning_rate(settings.schedule, settings.optimizer.lr, state.step, train.steps)
+            with_norms = norms_every > 0 and (state.step + 1) % norms_every == 0
+            result = step.run(micro_batches, step=state.step, lr=lr, with_norms=with_norms)
+            times = timer.split()
+            state.count(self.throughput.tokens_per_step, applied=self.engine.was_step_applied())
+            if self.metrics:
+                self._report(result, lr, times)
+            trace = profiler.end(state.step)
+            if self.metrics and trace:
+                self.metrics.message(f"step {state.step}: wrote {trace}")
+            if state.consecutive_skipped > train.max_skipped_steps:
+                raise NonFiniteError(
+                    f"{settings.output}: loss or gradients were not finite in {state.consecutive_skipped} steps in a "
+                    "row; begin a new run in another output folder with a lower optimizer.lr or a longer "
+                    "schedule.warmup_steps"
+                )
+            last = state.step == train.steps
+            if last or (settings.evaluation.every and state.step % settings.evaluation.every == 0):
+                self._evaluate()
+            if last or result.is_stopping or state.step % settings.checkpoint.every == 0:
+                self._save()
+            if result.is_stopping and not last:
+                if self.metrics:
+                    self.stop.consume()
+                    reason = self.stop.reason or "another rank"
+                    self.metrics.message(f"stopped on request ({reason}); the same command goes on")
+                    self._record("preempted", exit_code=EXIT_PREEMPTED)
+                return "preempted"
+        if self.metrics:
+            self._record("finished", exit_code=0)
         return "finished"
 
-    torch.manual_seed(settings.seed)
-    model_config = settings.model.to_config()
-    engine = build_engine(settings, TransnormerForCausalLM(model_config), ranks)
-    if step is not None:
-        state, manifest = load_checkpoint(engine, store, step, ranks)
-        _check_same_run(manifest, settings, loader, shards, store.path(step))
-    problem = None
-    if ranks.is_main:
-        try:
-            _write_run_folder(settings, shards)
-            for newer in store.set_aside_after(step) if step is not None else []:
-                warn(f"{newer}: not used any more, remove it when you like")
-        except (UserError, OSError) as error:
-            problem = error if isinstance(error, UserError) else store.cannot_write(folder, error)
-    ranks.raise_together(problem)
-    fields = {
-        "config_sha256": config_hash(settings),
-        "data_fingerprint": loader.fingerprint,
-        "tokenizer_sha256": shards.index.tokenizer_sha256,
-        "zero_stage": train.zero_stage,
-        "versions": versions(),
-    }
-
-    metrics, flops_per_second = None, None
-    if ranks.is_main:
-        flops_per_second, source = peak_flops(ranks.device, settings.logging.peak_tflops)
-        console.print(
-            f"{folder}: {num_parameters(model_config):,} parameters, {train.steps} steps of "
-            f"{train.global_batch_size} x {train.sequence_length} tokens, {ranks.world_size} process(es) on "
-            f"{ranks.device.type}, {train.precision}, ZeRO {train.zero_stage}"
-            + (f", resumed at step {state.step}" if state.step else ""),
-            highlight=False,
-            soft_wrap=True,
+    def _report(self, result: StepResult, lr: float, times: dict[str, float]) -> None:
+        state = self.state
+        self.metrics.train(
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": finite_or_none(result.loss),
+                "loss_bits": finite_or_none(result.loss / math.log(2)),
+                "grad_norm": finite_or_none(float(self.engine.get_global_grad_norm())),
+                "lr": lr,
+                **self.throughput.row(times["step_time_s"]),
+                "skipped": state.consecutive_skipped > 0,
+                **times,
+                "peak_memory_bytes": peak_memory(self.ranks.device),
+            }
         )
-        peak = "unknown" if flops_per_second is None else f"{flops_per_second / 1e12:.2f} TFLOP/s"
-        console.print(
-            f"operators: {form_of(ranks.device)} form; peak of one device: {peak} ({source})",
-            highlight=False,
-            soft_wrap=True,
+        if result.norms:
+            self.metrics.layers({"step": state.step, "grad_norms": [finite_or_none(norm) for norm in result.norms]})
+
+    def _evaluate(self) -> None:
+        if self.data.heldout is None:
+            return
+        train = self.settings.train
+        length = train.segment_length or train.sequence_length * max(1, 4096 // train.sequence_length)
+        if train.sequence_parallel > 1:
+            length = train.sequence_length // train.sequence_parallel  # no more memory than training takes
+        found = heldout_loss(
+            self.engine,
+            self.data.heldout,
+            device=self.ranks.device,
+            max_tokens=self.settings.evaluation.max_tokens,
+            length=length,
+            window=train.sequence_length,
+            rank=self.mesh.token_rank,
+            world_size=self.mesh.token_size,
+            all_reduce=partial(self.mesh.token_sums, ranks=self.ranks),
         )
-        metrics = MetricsWriter(
-            folder, settings.logging, train.steps, state.step, settings.model_dump(mode="json"), console
+        if self.metrics:
+            self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **found.row()})
+
+    def _save(self) -> None:
+        keep = self.settings.checkpoint.keep
+        path = save_checkpoint(self.engine, self.store, self.state, self.ranks, self.identity, keep, self._warn)
+        if self.metrics:
+            self.metrics.message(f"step {self.state.step}: saved {path}")
+            self._record("running")
+
+    def _write_folder(self, chosen: int | None) -> None:
+        """Write what a run folder holds from its start; newer checkpoints than the chosen one are set aside."""
+        problem = None
+        if self.ranks.is_main:
+            try:
+                _write_run_folder(self.settings, self.data.shards)
+                for newer in self.store.set_aside_after(chosen) if chosen is not None else []:
+                    self._warn(f"{newer}: not used any more, remove it when you like")
+            except (UserError, OSError) as error:
+                is_ours = isinstance(error, UserError)
+                problem = error if is_ours else self.store.cannot_write(self.settings.output, error)
+        self.ranks.raise_together(problem)
+
+    def _start_metrics(self) -> None:
+        settings = self.settings
+        tree = settings.model_dump(mode="json")
+        self.metrics = MetricsWriter(
+            settings.output, settings.logging, settings.train.steps, self.state.step, tree, self.console
         )
-        stack.callback(metrics.close)
-        write_status(folder, "running", state.step, train.steps)
-    flops_per_token = training_flops_per_token(model_config)
-    tokens_per_step = train.global_batch_size * train.sequence_length
+        self.stack.callback(self.metrics.close)
 
-    engine.train()
-    started = time.perf_counter()
-    for micro_batches in loader.steps(state.step, train.steps):
-        fault_point("step", step=state.step)
-        lr = learning_rate(settings.schedule, settings.optimizer.lr, state.step, train.steps)
-        loss, stopping = _train_step(engine, micro_batches, lr, ranks, stop, state.step)
-        applied = engine.was_step_applied()
-        state.step += 1
-        state.tokens += tokens_per_step
-        state.skipped_steps += not applied
-        state.consecutive_skipped = 0 if applied else state.consecutive_skipped + 1
-        if metrics:
-            elapsed = time.perf_counter() - started
-            rate = tokens_per_step / elapsed
-            tgs = rate / ranks.world_size
-            metrics.train(
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "loss": finite_or_none(loss),
-                    "loss_bits": finite_or_none(loss / math.log(2)),
-                    "grad_norm": finite_or_none(float(engine.get_global_grad_norm())),
-                    "lr": lr,
-                    "tokens_per_s": rate,
-                    "tgs": tgs,
-                    "mfu": tgs * flops_per_token / flops_per_second if flops_per_second else None,
-                    "step_time_s": elapsed,
-                    "skipped": not applied,
-                }
-            )
-        if state.consecutive_skipped > train.max_skipped_steps:
-            raise NonFiniteError(
-                f"{folder}: loss or gradients were not finite in {state.consecutive_skipped} steps in a row; begin a "
-                "new run in another output folder with a lower optimizer.lr or a longer schedule.warmup_steps"
-            )
+    def _record(self, state: str, **more) -> None:
+        write_status(self.settings.output, state, self.state.step, self.settings.train.steps, **more)
 
-        last = state.step == train.steps
-        if last or (settings.evaluation.every and state.step % settings.evaluation.every == 0):
-            _evaluate(settings, engine, heldout, state, ranks, metrics)
-        if last or stopping or state.step % settings.checkpoint.every == 0:
-            path = save_checkpoint(engine, store, state, ranks, fields, settings.checkpoint.keep, warn)
-            if metrics:
-                metrics.message(f"step {state.step}: saved {path}")
-                write_status(folder, "running", state.step, train.steps)
-        if stopping and not last:
-            if metrics:
-                stop.consume()
-                metrics.message(f"stopped on request ({stop.reason or 'another rank'}); the same command goes on")
-                write_status(folder, "preempted", state.step, train.steps, exit_code=EXIT_PREEMPTED)
-            return "preempted"
-        started = time.perf_counter()
-    if metrics:
-        write_status(folder, "finished", state.step, train.steps, exit_code=0)
-    return "finished"
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
-
-def _train_step(engine, micro_batches, lr, ranks: Ranks, stop: StopRequest, step: int) -> tuple[float, bool]:
-    """One optimizer step; returns the mean loss of the global batch in nats, and whether any rank was asked to stop.
-
-    Every token of the global batch weighs the same: the sums of the micro-batches are divided by the number of
-    labelled tokens on all ranks, and multiplied by the world size because the engine averages gradients over ranks.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    labelled = sum((batch["labels"][:, 1:] >= 0).sum().item() for batch in micro_batches)
-    labelled, stopping = ranks.all_reduce([float(labelled), float(stop.requested())])
-    loss_sum = torch.zeros((), device=ranks.device)
-    for batch in micro_batches:
-        tensors = {
-            name: value.to(ranks.device, non_blocking=True)
-            for name, value in batch.items()
-            if name in ("input_ids", "labels", "cu_seqlens") and value is not None
-        }
-        output = engine(**tensors, use_cache=False)
-        loss = output.loss_sum * (ranks.world_size / max(1.0, labelled))
-        if fault_point("loss", step=step) == "nan":
-            loss = loss * float("nan")
-        engine.backward(loss, scale_wrt_gas=False)
-        engine.step()  # updates after the last micro-batch only
-        loss_sum += output.loss_sum.detach()
-    (total,) = ranks.all_reduce([loss_sum.item()])
-    return total / max(1.0, labelled), stopping > 0
-
-
-def _open_data(settings: PretrainSettings, ranks: Ranks) -> tuple[ShardSet, ShardSet | None, TrainLoader]:
-    shards = ShardSet.open(Path(settings.data.shards), "train")
-    check_vocabulary(shards, settings.model.vocab_size)
-    heldout = ShardSet.open(Path(settings.data.shards), "heldout") if shards.index.splits["heldout"] else None
-    loader = TrainLoader(
-        shards,
-        seq_len=settings.train.sequence_length,
-        global_batch=settings.train.global_batch_size,
-        micro_batch=settings.train.micro_batch_size,
-        seed=settings.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        packing=settings.data.packing,
-        num_workers=settings.data.num_workers,
-    )
-    return shards, heldout, loader
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _write_run_folder(settings: PretrainSettings, shards: ShardSet) -> None:
@@ -251,43 +289,3 @@ def _write_run_folder(settings: PretrainSettings, shards: ShardSet) -> None:
     (folder / TOKENIZER).mkdir(exist_ok=True)
     export_tokenizer(shards.folder / TOKENIZER_FILE, folder / TOKENIZER, add_bos=shards.index.add_bos)
     write_atomically(folder / CONFIG, config.dump(settings))
-
-
-def _check_same_run(manifest: dict, settings, loader: TrainLoader, shards: ShardSet, checkpoint: Path) -> None:
-    """The checkpoint belongs to this data and configuration, whatever the files beside it say."""
-    if manifest["tokenizer_sha256"] != shards.index.tokenizer_sha256:
-        raise DataError(
-            f"{checkpoint}: trained with the tokenizer {manifest['tokenizer_sha256'][:12]}, data.shards has "
-            f"{shards.index.tokenizer_sha256[:12]}; point data.shards to the shards that this run began with"
-        )
-    if manifest["data_fingerprint"] != loader.fingerprint:
-        raise CheckpointError(
-            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has "
-            f"{loader.fingerprint[:12]}; point data.shards to the shards that this run began with, or begin a new "
-            "run in another output folder"
-        )
-    if manifest["config_sha256"] != config_hash(settings):
-        raise CheckpointError(
-            f"{checkpoint}: saved with another configuration than this one; undo the change, or begin a new run in "
-            "another output folder"
-        )
-
-
-def _evaluate(settings, engine, heldout: ShardSet | None, state: RunState, ranks: Ranks, metrics) -> None:
-    if heldout is None:
-        return
-    window = settings.train.sequence_length
-    length = window * max(1, 4096 // window)
-    result = heldout_loss(
-        engine,
-        heldout,
-        device=ranks.device,
-        max_tokens=settings.evaluation.max_tokens,
-        length=length,
-        window=window,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        all_reduce=ranks.all_reduce,
-    )
-    if metrics:
-        metrics.evaluation({"step": state.step, "tokens": state.tokens, **result.row()})

@@ -9,12 +9,21 @@ from tnl import config
 from tnl.errors import CannotWriteError, ConfigError
 from tnl.training.lock import RunLock
 from tnl.training.settings import PretrainSettings
+from tnl.training.status import FILE as STATUS
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 # Keys that may differ between the starts of one run: they change neither weights nor the order of the data.
-FREE_KEYS = ("output", "data.shards", "data.num_workers", "checkpoint.", "evaluation.", "logging.")
+FREE_KEYS = (
+    "output",
+    "data.shards",
+    "data.num_workers",
+    "train.offload_path",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -27,9 +36,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def flat_settings(settings: PretrainSettings) -> dict:
+    """The effective configuration as dotted keys and JSON values."""
+    return _flat(settings.model_dump(mode="json"))
+
+
 def config_hash(settings: PretrainSettings) -> str:
     """SHA-256 of the part of the configuration that decides the trajectory of the run."""
-    flat = _flat(settings.model_dump(mode="json"))
+    flat = flat_settings(settings)
     bound = {key: value for key, value in flat.items() if not key.startswith(FREE_KEYS)}
     return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
 
@@ -52,7 +66,7 @@ def check_run_folder(settings: PretrainSettings) -> None:
         checkpoints = folder / CHECKPOINTS
         if checkpoints.is_dir() and any(checkpoints.iterdir()):  # until then a run may still be corrected
             _check_same_run(settings, folder / CONFIG)
-    elif any(p.name not in (".lock", "STOP") for p in folder.iterdir()):
+    elif any(p.name not in (".lock", "STOP") and not p.name.startswith(STATUS) for p in folder.iterdir()):
         raise ConfigError(f"output: {folder}: exists and is no run folder; choose another, or move it away")
 
 

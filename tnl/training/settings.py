@@ -58,17 +58,93 @@ class TrainSettings(Settings):
 
     steps: int = Field(ge=1, description="optimizer steps of the whole run")
     sequence_length: int = Field(ge=2, description="tokens in one training window")
+    segment_length: int | None = Field(
+        default=None, ge=2, description="tokens of a window that are run at once, the state carried on; default all"
+    )
+    segment_gradient: Literal["truncated", "exact"] = Field(
+        default="truncated", description="stop gradients between segments, or run a pass more and let them through"
+    )
     global_batch_size: int = Field(ge=1, description="windows per optimizer step, over all ranks")
-    micro_batch_size: int = Field(ge=1, description="windows per forward pass and rank")
+    micro_batch_size: int = Field(ge=1, description="windows per forward pass and rank, or group of ranks")
+    sequence_parallel: int = Field(default=1, ge=1, description="ranks that share windows, a slice of each window each")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="ranks that share the weights of the blocks, some heads and channels each"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="dtype of weights in the model")
     zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    reduce_gradients: Literal["every_pass", "every_step"] = Field(
+        default="every_pass",
+        description="when ranks add up their gradients: after every pass, or once a step, which sends less and keeps "
+        "4 bytes a parameter more on each GPU; needs ZeRO stage 2",
+    )
+    loss_scale_power: int = Field(default=16, ge=0, le=32, description="fp16 begins with a loss scale of 2 to this")
+    loss_scale_window: int = Field(default=1000, ge=1, description="steps without overflow that double the loss scale")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        default="none", description="where masters and moments are kept and updated, instead of on the GPU"
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        default="none", description="where weights are kept between their uses; needs ZeRO stage 3"
+    )
+    offload_path: Path | None = Field(default=None, description="folder on the disk that nvme offloads to")
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    gradient_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "full", "every_k", "selective", "selective_matmuls"] = Field(
+        default="none",
+        description="what the backward pass computes again: nothing, each block, every k-th block, each block but its "
+        "attention, or each block but its attention and matrix products",
+    )
+    activation_checkpointing_k: int | None = Field(
+        default=None, ge=2, description="k of activation_checkpointing: every_k; blocks 0, k, 2k ... are computed again"
+    )
+    compile: bool = Field(default=False, description="compile the blocks with torch.compile, once for all equal ones")
     max_skipped_steps: int = Field(default=20, ge=0, description="consecutive non-finite steps before the run ends")
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a window: backward passes that a micro-batch takes."""
+        return 1 if self.segment_length is None else self.sequence_length // self.segment_length
+
+    @property
+    def ranks_per_window(self) -> int:
+        """Ranks that work on the same windows."""
+        return self.sequence_parallel * self.tensor_parallel
+
+    @property
+    def keys_of_sharing(self) -> str:
+        """The keys that make ranks work on the same windows."""
+        names = [name for name in ("sequence_parallel", "tensor_parallel") if getattr(self, name) > 1]
+        return " x ".join(f"train.{name}" for name in names)
+
+    def recomputation(self, layer: int) -> str:
+        """What of block ``layer`` the backward pass computes again: none, full, selective or selective_matmuls."""
+        if self.activation_checkpointing == "every_k":
+            return "none" if layer % self.activation_checkpointing_k else "full"
+        return self.activation_checkpointing
 
     @model_validator(mode="after")
     def _consistent(self):
         problems = []
+        if self.segment_length is not None and self.sequence_length % self.segment_length:
+            problems.append(
+                f"segment_length: {self.segment_length} does not divide sequence_length {self.sequence_length}; set a "
+                "divisor of it, or none to run windows whole"
+            )
+        if self.segment_gradient == "exact" and self.segment_length is None:
+            problems.append("segment_gradient: exact needs segment_length; set that, or remove this")
+        if self.sequence_length % self.sequence_parallel:
+            problems.append(
+                f"sequence_length: {self.sequence_length} is no multiple of sequence_parallel {self.sequence_parallel}"
+            )
+        if self.sequence_parallel > 1 and self.compile:
+            problems.append("compile: does not go with sequence_parallel; set only one of them")
+        if self.sequence_parallel > 1 and self.segment_length is not None:
+            problems.append("segment_length: does not go with sequence_parallel; set only one of them")
+        if self.tensor_parallel > 1 and self.compile:
+            problems.append("compile: does not go with tensor_parallel; set only one of them")
+        if self.tensor_parallel > 1 and self.zero_stage == 3:
+            problems.append(
+                "tensor_parallel: does not go with zero_stage 3, which divides the weights itself; set zero_stage: 2, "
+                "or tensor_parallel: 1"
+            )
         if self.precision == "bf16" and self.zero_stage < 2:
             # Stage 0 accumulates gradients in bf16, stage 1 ends with a bare assertion on a non-finite or zero
             # gradient norm.
@@ -78,6 +154,27 @@ class TrainSettings(Settings):
             )
         if self.precision == "fp16" and self.zero_stage < 1:
             problems.append("zero_stage: fp16 needs stage 1, 2 or 3 here, got 0; set zero_stage: 2")
+        if self.offload_optimizer != "none" and self.zero_stage < 2:
+            problems.append(f"offload_optimizer: needs zero_stage 2 or 3, got {self.zero_stage}; set zero_stage: 2")
+        if self.offload_parameters != "none" and self.zero_stage < 3:
+            problems.append(f"offload_parameters: needs zero_stage 3, got {self.zero_stage}; set zero_stage: 3")
+        if self.reduce_gradients == "every_step" and self.zero_stage != 2:
+            problems.append(
+                f"reduce_gradients: every_step is for zero_stage 2, got {self.zero_stage}; set zero_stage: 2, or "
+                "reduce_gradients: every_pass"
+            )
+        if self.reduce_gradients == "every_step" and self.offload_optimizer != "none":
+            problems.append(
+                "reduce_gradients: every_step keeps all gradients on the GPU, offload_optimizer none; set "
+                "only one of them"
+            )
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.offload_path is not None):
+            problems.append("offload_path: goes with nvme and only with it; give the folder, or remove it")
+        if (self.activation_checkpointing == "every_k") != (self.activation_checkpointing_k is not None):
+            problems.append(
+                f"activation_checkpointing_k: goes with activation_checkpointing: every_k and only with it, got "
+                f"{self.activation_checkpointing_k} with {self.activation_checkpointing}; give or remove it"
+            )
         if self.global_batch_size % self.micro_batch_size:
             problems.append(
                 f"global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size "
@@ -148,6 +245,17 @@ class LoggingSettings(Settings):
     peak_tflops: float | None = Field(
         default=None, gt=0, description="dense TFLOP/s of one device, for MFU; default by device"
     )
+    layer_norms_every: int = Field(default=0, ge=0, description="steps between norms of each block's gradient; 0: none")
+    profile_steps: tuple[int, int] | None = Field(
+        default=None, description="first and last step of a trace by torch's profiler, written into the run folder"
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"must be [first, last] with 1 <= first <= last, got {list(steps)}")
+        return steps
 
 
 class PretrainSettings(Settings):
@@ -178,8 +286,17 @@ class PretrainSettings(Settings):
         zero = keys.get("zero_optimization", {})
         if not isinstance(zero, dict):
             problems.append("zero_optimization: must be a mapping")
-        elif "stage" in zero:
-            problems.append("zero_optimization.stage: derived from train.zero_stage, set that instead")
+        else:
+            ours = {
+                "stage": "zero_stage",
+                "offload_optimizer": "offload_optimizer",
+                "offload_param": "offload_parameters",
+            }
+            problems += [
+                f"zero_optimization.{key}: derived from train.{name}, set that instead"
+                for key, name in ours.items()
+                if key in zero
+            ]
         _raise_all(problems)
         return keys
 
@@ -187,6 +304,31 @@ class PretrainSettings(Settings):
     def _consistent(self):
         steps, warmup, decay = self.train.steps, self.schedule.warmup_steps, self.schedule.decay_steps
         problems = []
+        traced = self.logging.profile_steps
+        if traced is not None and traced[1] > steps:
+            problems.append(f"logging.profile_steps: {list(traced)} goes beyond train.steps {steps}; lower it")
+        if self.train.segment_length is not None and self.model.kind != "tnl":
+            problems.append(
+                f"train.segment_length: model.kind {self.model.kind} has no state to carry from segment to segment; "
+                "remove it"
+            )
+        if self.train.compile and self.model.kind != "tnl":
+            problems.append(f"train.compile: the blocks of model.kind {self.model.kind} are not compiled; remove it")
+        if self.train.sequence_parallel > 1 and self.model.kind != "tnl":
+            problems.append(
+                f"train.sequence_parallel: model.kind {self.model.kind} has no state to pass between ranks; remove it"
+            )
+        if self.train.tensor_parallel > 1 and self.model.kind != "tnl":
+            problems.append(
+                f"train.tensor_parallel: the blocks of model.kind {self.model.kind} are not divided; remove it, or set "
+                "model.kind: tnl"
+            )
+        elif self.train.tensor_parallel > 1:
+            from tnl.model.tensor_parallel import slicing_problems
+
+            model = self.model
+            found = slicing_problems(model.num_heads, model.glu_dim, model.mixer_norm, self.train.tensor_parallel)
+            problems += [f"train.tensor_parallel: {problem}" for problem in found]
         if warmup >= steps:
             problems.append(f"schedule.warmup_steps: {warmup} must be below train.steps {steps}")
         elif decay is not None and decay > steps - warmup:

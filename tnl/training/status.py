@@ -1,18 +1,21 @@
 """``run_status.json``: how the run stands, for people and for launchers that lose exit codes (torchrun turns every
 code into 1)."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
+from tnl.errors import EXIT_INTERNAL, CannotWriteError, UserError
 from tnl.files import write_atomically
 
 FILE = "run_status.json"
+IN_PROGRESS = ("starting", "running")
 
 
 def write_status(folder: Path, state: str, step: int, total_steps: int, **more) -> None:
-    """Record ``state`` (running, finished, preempted or failed) atomically, with an ``exit_code`` where the process
-    ends."""
+    """Record ``state`` (starting, running, finished, preempted or failed) atomically, with an ``exit_code`` where the
+    process ends."""
     status = {"state": state, "step": step, "total_steps": total_steps, "time": time.time(), **more}
     write_atomically(folder / FILE, json.dumps(status, indent=1) + "\n")
 
@@ -23,3 +26,26 @@ def read_status(folder: Path) -> dict:
         return json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def record_start(folder: Path, total_steps: int) -> None:
+    """Record that a run has taken ``folder`` and is getting ready.
+
+    Raises:
+        CannotWriteError: the disk refused.
+    """
+    try:
+        write_status(folder, "starting", read_status(folder).get("step", 0), total_steps)
+    except OSError as error:
+        raise CannotWriteError(f"{error.filename}: {error.strerror}; free some space and start again") from None
+
+
+def record_failure(folder: Path, error: BaseException) -> None:
+    """Record why the run ended. The rank that fails first does, whichever it is: what others then meet follows from
+    it."""
+    found = read_status(folder)
+    if found.get("state") not in IN_PROGRESS:
+        return
+    code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
+    with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
+        write_status(folder, "failed", found["step"], found["total_steps"], exit_code=code, error=str(error))

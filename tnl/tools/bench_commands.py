@@ -1,0 +1,142 @@
+"""The ``tnl bench`` commands: one short function each; heavy imports happen inside them, as in `tnl.cli`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tnl.errors import ConfigError
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a LLaMA of equal size.")
+
+BenchModel = Annotated[str, typer.Argument(help="Name in configs/model, or a YAML file; the weights are random.")]
+BenchDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: the GPU if there is one.")]
+BenchOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted keys of a run's configuration, such as train.compile=true.", show_default=False),
+]
+BenchJson = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    """The whole numbers of a comma-separated list, in rising order."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
+        raise ConfigError(f"{option}: {text!r} is no list of whole numbers of at least {least}; give for example 1,16")
+    return sorted({int(part) for part in parts})
+
+
+@bench_app.command("generate")
+def bench_generate(
+    model: BenchModel = "tnl-7b",
+    batch: Annotated[str, typer.Option(help="Numbers of sequences; the sweep ends where memory does.")] = (
+        "1,16,64,256,512,768"
+    ),
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=8)] = 1024,
+    context: Annotated[str, typer.Option(help="Prompt lengths at which one sequence is stepped.")] = "1024,131072",
+    positions: Annotated[
+        int, typer.Option(help="Tokens generated in a row to watch the memory; 0 leaves it out.", min=0)
+    ] = 0,
+    baseline: Annotated[bool, typer.Option(help="Also measure a LLaMA of equal size.")] = True,
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Decoding: tokens/s over batch sizes, time per step against the memory's floor, and an equal LLaMA.
+
+    Examples:
+
+        tnl bench generate tnl-7b --json generate.json
+
+        tnl bench generate tnl-tiny --batch 1,4 --prompt-tokens 16 --new-tokens 16 --context 64
+    """
+    batches, contexts = _numbers("--batch", batch, 1), _numbers("--context", context, 1)
+    from tnl.tools.bench_generate import bench_generate as run
+
+    run(
+        model,
+        batches=batches,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        contexts=contexts,
+        positions=positions,
+        baseline=baseline,
+        device=device,
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    model: BenchModel = "tnl-1b",
+    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "32768,131072",
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Time to the first token of long prompts, and that of an equal LLaMA on each backend of PyTorch's attention.
+
+    Examples:
+
+        tnl bench prefill tnl-1b --json prefill.json
+
+        tnl bench prefill tnl-tiny --tokens 1024,4096
+    """
+    lengths = _numbers("--tokens", tokens, 1)
+    from tnl.tools.bench_prefill import bench_prefill as run
+
+    run(model, lengths=lengths, device=device, json_file=json_file, report=lambda text: print(text, flush=True))
+
+
+@bench_app.command("train")
+def bench_train(
+    model: BenchModel = "tnl-1b",
+    overrides: BenchOverrides = None,
+    lengths: Annotated[str, typer.Option(help="Sequence lengths; those that do not fit are recorded as such.")] = (
+        "1024,2048,4096,8192,16384,32768,65536,131072"
+    ),
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of an optimizer step, over all GPUs.", min=2)] = 131072,
+    micro_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass of one GPU.", min=2)] = 16384,
+    kinds: Annotated[
+        str,
+        typer.Option(help="Of tnl, tnl-fla (fla's kernel in plain PyTorch), llama (FlashAttention) and llama-cudnn."),
+    ] = "tnl,llama",
+    steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.", min=1)] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before them.", min=1)] = 2,
+    engine: Annotated[
+        Literal["deepspeed", "torch"] | None,
+        typer.Option(help="deepspeed, the training loop's own, or plain PyTorch; default: the first if installed."),
+    ] = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Training: tokens per GPU per second by sequence length, against the model's matrix products alone and a LLaMA.
+
+    Overrides are keys of a run, such as train.activation_checkpointing=full. Under torchrun it is data parallel, or
+    sequence parallel by train.sequence_parallel.
+
+    Examples:
+
+        tnl bench train tnl-1b --json train.json
+
+        tnl bench train tnl-1b --kinds tnl,tnl-fla,llama --lengths 16384
+
+        tnl bench train tnl-1b train.activation_checkpointing=full --lengths 16384,131072 --kinds tnl
+
+        torchrun --standalone --nproc-per-node 4 -m tnl bench train tnl-1b --lengths 16384 --tokens-per-step 524288
+    """
+    sizes = _numbers("--lengths", lengths, 2)
+    from tnl.tools.bench_train import bench_train as run
+
+    run(
+        model,
+        lengths=sizes,
+        tokens_per_step=tokens_per_step,
+        micro_tokens=micro_tokens,
+        kinds=[kind.strip() for kind in kinds.split(",")],
+        steps=steps,
+        warmup=warmup,
+        engine=engine,
+        overrides=overrides or [],
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )

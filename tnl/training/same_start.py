@@ -1,0 +1,75 @@
+"""All ranks of a run must have been started alike: one configuration, one set of packages, one source code.
+
+A rank with another learning rate, another torch or an older checkout would not fail. It would train another model.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import tnl_kernels
+import torch
+import torch.distributed as dist
+
+import tnl
+from tnl.errors import ConfigError
+from tnl.training.engine import Ranks
+from tnl.training.run_folder import flat_settings, versions
+from tnl.training.settings import PretrainSettings
+
+SHOWN = 12  # differences in the message
+
+
+def start_facts(settings: PretrainSettings) -> dict[str, str]:
+    """What must be equal on all ranks: each key of the configuration, version of a package, and hash of a source
+    file."""
+    facts = {f"configuration {key}": json.dumps(value) for key, value in flat_settings(settings).items()}
+    facts |= {f"package {name}": version for name, version in versions().items()}
+    for package in (tnl, tnl_kernels):
+        folder = Path(package.__file__).parent
+        for file in sorted(folder.rglob("*.py")):
+            name = f"file {package.__name__}/{file.relative_to(folder).as_posix()}"
+            facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return facts
+
+
+def check_same_start(settings: PretrainSettings, ranks: Ranks) -> None:
+    """End all ranks together when one was started with something else than rank 0; a collective.
+
+    Raises:
+        ConfigError: they differ. The message of rank 0 names the ranks and what differs.
+    """
+    if ranks.world_size == 1:
+        return
+    mine = start_facts(settings)
+    content = json.dumps(mine, sort_keys=True).encode()
+    digests = _gathered(hashlib.sha256(content).digest(), ranks)
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not different:
+        return
+    lengths = [int.from_bytes(length, "little") for length in _gathered(len(content).to_bytes(8, "little"), ranks)]
+    contents = _gathered(content.ljust(max(lengths), b"\0"), ranks)
+    if not ranks.is_main:
+        raise ConfigError("the ranks were not started alike; see the message of rank 0")
+    lines = []
+    for rank in different:
+        theirs = json.loads(contents[rank][: lengths[rank]])
+        for key in sorted(mine.keys() | theirs.keys()):
+            here, there = mine.get(key, "nothing"), theirs.get(key, "nothing")
+            if here != there:
+                lines.append(f"  {key}: {here} on rank 0, {there} on rank {rank}")
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"  and {len(lines) - SHOWN} more"]
+    names = ", ".join(map(str, different))
+    raise ConfigError(
+        f"rank {names}: started with another configuration or code than rank 0; start every rank with the same "
+        "command, packages and checkout\n" + "\n".join(lines)
+    )
+
+
+def _gathered(content: bytes, ranks: Ranks) -> list[bytes]:
+    """``content`` of every rank, equally long on all of them. Bytes and not objects: nothing is unpickled."""
+    own = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(ranks.device)
+    parts = [torch.empty_like(own) for _ in range(ranks.world_size)]
+    dist.all_gather(parts, own)
+    return [bytes(part.tolist()) for part in parts]
