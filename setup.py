@@ -23,7 +23,7 @@ setup(
     package_dir={"tnl_kernels": "kernels/tnl_kernels", "tnl.presets": "configs"},
     package_data={package: ["*.yaml"] for package in PRESETS},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "deepspeed>=0.19.8",
         "transformers>=5.3",
         "datasets>=4.0",

@@ -245,7 +245,7 @@ def test_a_row_leaves_nothing_behind(engine):
         (["--lengths", "24"], "--tokens-per-step: 64 in passes of 1 x 32 tokens do not divide into sequences of 24"),
         (["--lengths", "48"], "do not divide into sequences of 48"),
         (["train.micro_batch_size=3"], "train.micro_batch_size: not an override of a benchmark"),
-        (["train.zero_stage=3", "--engine", "torch"], "this one shards nothing"),
+        (["train.zero_stage=3", "--engine", "torch"], "this engine shards nothing"),
         (["data.shards=x"], "data: not an override of a benchmark"),
         (["train.zero_stag=2"], "train.zero_stag: unknown key, did you mean zero_stage"),
         (["train.precision=fp16", "train.zero_stage=2"], "train.precision: fp16: not measured"),

@@ -78,6 +78,7 @@ def training(kind_tgs: dict[str, list[float | None]], **values) -> dict:
     wide = [{"length": 16384, "tnl_tgs": 90000.4, "tnl_of_limit": 0.8125, "times_fla": 1.25, "llama_tgs": "OOM"}]
     described = RESULT | {"command": "tnl bench train tnl-1b --lengths 16384,524288", "rows": rows, "table": wide}
     made_with = {"world_size": 1, "tokens_per_step": 131072, "engine": "deepspeed 0.19.7", "dtype": "bf16"}
+    made_with["micro_tokens"] = 16384
     return described | made_with | values
 
 

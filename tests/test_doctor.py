@@ -44,9 +44,9 @@ def test_a_cpu_passes(tnl_doctor, tmp_path):
     assert out.isascii()
     assert max(map(len, out.splitlines())) < 200
     rows = rows_of(out)
-    assert len(rows) == 15
+    assert len(rows) == 17
     assert set(rows.values()) == {"PASS"}
-    assert "all 15 checks passed on cpu" in out
+    assert "all 17 checks passed on cpu" in out
     for what in ("torch", "triton", "transformers", "deepspeed", "Python", "driver", "CUDA of torch", "Triton cache"):
         assert f"\n  {what} " in out
     figures = json.loads((tmp_path / "doctor.json").read_text())

@@ -35,7 +35,7 @@ CONFINED = {
         "tnl/training/pretrain.py",
         "tnl/training/finetune.py",
     },
-    "matplotlib": {"tnl/tools/report.py"},
+    "matplotlib": {"tnl/tools/comparison.py", "tnl/tools/report.py"},
     "datasets": {"tnl/data/records.py"},
 }
 

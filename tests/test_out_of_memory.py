@@ -43,7 +43,23 @@ def test_cures_take_less_than_the_plan(tmp_path):
     assert all(float(re.search(r"\(([0-9.]+) GiB", cure)[1]) < planned for cure in found)
 
 
-def test_a_llama_gets_the_cures_without_a_plan(tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "offered"),
+    [
+        ("train.reduce_gradients=every_step", "train.reduce_gradients=every_pass"),
+        ("train.activation_checkpointing=every_k train.activation_checkpointing_k=2", "activation_checkpointing=full"),
+    ],
+)
+def test_cures_are_settings_that_go_together(tmp_path, overrides, offered):
+    size = ["model.hidden_size=2048", "model.glu_dim=5632", "model.num_layers=8", "train.sequence_length=16384"]
+    given = [*size, "train.zero_stage=2", "train.precision=bf16", *overrides.split()]
+    found = [cure.partition(" (")[0] for cure in cures(tiny_run(tmp_path, tmp_path, *given), 2)]
+    assert any(offered in cure for cure in found)
+    for cure in found:
+        assert tiny_run(tmp_path, tmp_path, *given, *cure.split())
+
+
+def test_a_llama_gets_the_cures(tmp_path):
     settings = tiny_run(tmp_path, tmp_path)
     llama = settings.model_copy(update={"model": settings.model.model_copy(update={"kind": "llama"})})
     assert "train.micro_batch_size" in advice(llama, 1)

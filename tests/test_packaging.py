@@ -67,7 +67,7 @@ def test_metadata(unpacked):
     assert "Name: transnormer-llm" in metadata
     assert f"Version: {tnl.__version__}" in metadata
     assert "License-Expression: Apache-2.0" in metadata or "License: Apache-2.0" in metadata
-    assert "Requires-Dist: torch>=2.10" in metadata
+    assert "Requires-Dist: torch>=2.11" in metadata
 
 
 def test_shipped_names_resolve_in_an_unpacked_wheel(unpacked, tmp_path):

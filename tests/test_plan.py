@@ -315,7 +315,7 @@ def test_the_command_prints_and_writes_json(tmp_path, tnl_command):
 
 def test_the_command_plans_a_llama_and_says_what_is_offloaded(tmp_path, tnl_command):
     file = tmp_path / "plan.json"
-    keys = ["model.kind=llama", "train.offload_optimizer=cpu"]
+    keys = ["model.kind=llama", "train.offload_optimizer=cpu", "train.reduce_gradients=every_pass"]
     code, out, err = tnl_command("plan", "pretrain/tnl-1b", *keys, "--gpus", "4", "--json", file)
     assert (code, err) == (0, "")
     found = json.loads(file.read_text())
@@ -329,7 +329,7 @@ def test_the_command_plans_a_llama_and_says_what_is_offloaded(tmp_path, tnl_comm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "7"], "train.global_batch_size: 512 is no multiple of train.micro_batch_size 2 x 7 processes = 14"),
+        (["--gpus", "7"], "train.global_batch_size: 512 is no multiple of train.micro_batch_size 4 x 7 processes = 28"),
         (["--gpus", "3", "train.sequence_parallel=2"], "train.sequence_parallel: 3 process"),
         (["--tokens", "many"], "--tokens: 'many' is no number of tokens"),
         (["--gpu-memory", "80,big"], "--gpu-memory: '80,big' is no list of GiB"),

@@ -264,6 +264,14 @@ def test_a_folder_of_another_configuration_is_refused_with_the_keys(shards, stra
     assert (tmp_path / "other/notes.txt").read_text() == "mine"
 
 
+def test_a_checkpoint_of_another_layout_is_refused_whatever_the_file_beside_it_says(shards, tmp_path):
+    train(tiny_run(shards, tmp_path / "run", "train.steps=6", "train.zero_stage=2"))
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("zero_stage: 2", "zero_stage: 3"))
+    with pytest.raises(CheckpointError, match="saved with another configuration than this one; undo the change"):
+        train(tiny_run(shards, tmp_path / "run", "train.steps=6", "train.zero_stage=3"), resume="5")
+
+
 def test_fresh_keeps_the_old_folder_aside(shards, tmp_path):
     settings = tiny_run(shards, tmp_path / "run", "train.steps=3")
     train(settings)
@@ -343,6 +351,7 @@ def test_wandb_offline_records_the_run_without_the_command_line(shards, tmp_path
     ("override", "message"),
     [
         ("deepspeed.zero_optimization.reduce_bucket_sise=1", "did you mean reduce_bucket_size"),
+        ("train.zero_stage=2 deepspeed.zero_optimization.compute_grad_norm=false", "compute_grad_norm: the norm shows"),
         ("model.vocab_size=300", "model.vocab_size"),
         ("train.sequence_length=1000000", "train.sequence_length"),
         ("output={folder}/r[1]", "patterns"),

@@ -34,6 +34,7 @@ def test_every_command_names_what_exists():
             "pretrain",
             "evaluate",
             "generate",
+            "compare",
             "report",
             "export",
             "doctor",

@@ -343,6 +343,31 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two to four.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.png and comparison.json.")] = Path("comparison"),
+) -> None:
+    """Held-out loss of several runs, by tokens and by time of training.
+
+    Example:
+
+        tnl compare runs/tnl runs/llama --output comparison
+    """
+    from tnl.tools.comparison import compare as run
+    from tnl.tools.tables import format_rows
+
+    for row in run(runs, output):
+        found = {
+            "tokens": f"{row['tokens']:,}",
+            "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
+            "held-out loss": f"{row['heldout_loss']:.4f} nats",
+            "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
+        }
+        print(format_rows(f"{row['run']} ({row['kind']})", list(found.items())))
+    print(f"plot: {output / 'comparison.png'}")
+
+
+@app.command()
 def quickstart(
     text: Annotated[Path | None, typer.Option(help="Train on the text files of this folder.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Train on this dataset of the Hugging Face hub.")] = None,

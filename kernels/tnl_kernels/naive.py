@@ -3,6 +3,7 @@
 Differentiable by autograd. Written to be read, not to be fast; every other form is judged by these.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -108,6 +109,11 @@ def naive_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     return (wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def naive_fork_srmsnorm(x: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """srmsnorm(x), and x."""
+    return naive_srmsnorm(x, eps=eps), x
+
+
 def naive_add_srmsnorm(x: Tensor, residual: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """residual = residual + x; y = srmsnorm(residual)."""
     residual = residual + x.to(residual.dtype)
@@ -118,6 +124,16 @@ def naive_gated_srmsnorm(o: Tensor, u: Tensor, *, eps: float = 1e-6) -> Tensor:
     """u * srmsnorm(o), rounded once."""
     dtype = compute_dtype(o.dtype)
     return (u.to(dtype) * naive_srmsnorm(o.to(dtype), eps=eps)).to(o.dtype)
+
+
+def naive_split_gated_srmsnorm(
+    o: Tensor, u: Tensor, *, width: int, total: Callable[[Tensor], object], eps: float = 1e-6
+) -> Tensor:
+    """u * o / sqrt(squares / width + eps) with the sum of squares that ``total`` completes, rounded once."""
+    wide = o.to(compute_dtype(o.dtype))
+    squares = wide.square().sum(-1, keepdim=True)
+    total(squares)
+    return (u.to(wide.dtype) * (wide / torch.sqrt(squares / width + eps))).to(o.dtype)
 
 
 def naive_sglu(a: Tensor, b: Tensor) -> Tensor:

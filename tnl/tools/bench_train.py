@@ -95,8 +95,8 @@ def bench_train(
     ]
     if engine == "torch" and any(_is_for_deepspeed(settings) for _, settings in cases):
         raise ConfigError(
-            "train.zero_stage: 3, train.reduce_gradients and deepspeed keys are for --engine deepspeed; this one shards "
-            "nothing and reduces once a step"
+            "train.zero_stage: 3, train.reduce_gradients and deepspeed keys are for --engine deepspeed; this engine "
+            "shards nothing and reduces once a step"
         )
     options = f"--lengths {numbers(lengths)} --tokens-per-step {tokens_per_step} --micro-tokens {micro_tokens}"
     options += f" --kinds {','.join(kinds)} --steps {steps} --warmup {warmup} --engine {engine}"

@@ -19,6 +19,7 @@ OUTPUTS = {
     "lightning_attention_packed": ("o", "u", "final_state"),
     "lightning_attention_state": ("final_state",),
     "lightning_attention_step": ("o",),
+    "fork_srmsnorm": ("y", "same"),
     "add_srmsnorm": ("y", "new_residual"),
     "cross_entropy_": ("losses",),
 }
@@ -69,6 +70,11 @@ def attention_case(
     return Case(name, f"lightning_attention_{op}".rstrip("_"), dtype, random, given, options)
 
 
+def as_if_two_held_the_same(part: Tensor) -> None:
+    """What a sum over two devices makes of one's part, if both hold the same rows."""
+    part.mul_(2)
+
+
 def other_cases(dtype: torch.dtype, K: int) -> list[Case]:
     """The decoding step, norms, gate, LRPE and loss in one dtype, at odd sizes."""
     B, H, D = 5, len(SLOPES), 1001
@@ -87,7 +93,15 @@ def other_cases(dtype: torch.dtype, K: int) -> list[Case]:
         ),
         ("srmsnorm", "srmsnorm", {"x": row}, {}, {}),
         ("add_srmsnorm", "add_srmsnorm", {"x": row, "residual": row}, {}, {}),
+        ("fork_srmsnorm", "fork_srmsnorm", {"x": row}, {}, {}),
         ("gated_srmsnorm", "gated_srmsnorm", {"o": row, "u": row}, {}, {}),
+        (
+            "split gated_srmsnorm",
+            "split_gated_srmsnorm",
+            {"o": row, "u": row},
+            {},
+            {"width": 2 * D, "total": as_if_two_held_the_same},
+        ),
         ("sglu", "sglu", {"a": row, "b": row}, {}, {}),
         ("lrpe", "lrpe", {"x": (2, 37, H, 64)}, {"theta": theta, "positions": torch.arange(37) + 100_000}, {}),
         ("loss", "cross_entropy_", {"logits": (13, 5003)}, {"labels": labels}, {}),

@@ -256,7 +256,7 @@ def _plot(metrics: Metrics, window: int, name: str, folder: Path) -> None:
         _draw_loss(whole, metrics, window, f"{name}: loss")
         _draw_loss(late, metrics, window, "The last half")
         _show_last_half(late, metrics)
-        _save(figure, folder / "loss.png")
+        save_figure(figure, folder / "loss.png")
 
         figure = Figure(figsize=(11, 7), layout="constrained")
         figure.suptitle(name, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -272,12 +272,12 @@ def _plot(metrics: Metrics, window: int, name: str, folder: Path) -> None:
         norm.yaxis.set_minor_formatter(NullFormatter())
         _mark_skipped(norm, train)
         _draw_series(speed, train, "tokens_per_s", window, GREEN, "Throughput", "tokens per second")
-        speed.yaxis.set_major_formatter(_formatter())
+        speed.yaxis.set_major_formatter(number_formatter())
         speed.set_ylim(bottom=0)
-        _save(figure, folder / "run.png")
+        save_figure(figure, folder / "run.png")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG of 128 colours: a third of the bytes, and no difference to the eye for lines on white.
 
     The colours are chosen to cover all that occur: a choice by area would give a few small markers the colour of the
@@ -317,7 +317,7 @@ def _draw_series(
 ) -> None:
     """One field over the tokens seen: the logged values, pale, under their running mean where there are enough."""
     axes.set(title=title, xlabel="training tokens", ylabel=unit)
-    axes.xaxis.set_major_formatter(_formatter())
+    axes.xaxis.set_major_formatter(number_formatter())
     axes.margins(x=0.02)
     if window == 1:
         marker = "." if train["step"].size <= 30 else ""  # a few values, or one, do not show as a line
@@ -338,7 +338,8 @@ def _mark_skipped(axes: Any, train: dict[str, np.ndarray]) -> None:
         axes.legend(loc="upper right")
 
 
-def _formatter() -> Any:
+def number_formatter() -> Any:
+    """Numbers of an axis with a unit: 10M."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, position: _short(value, digits=4))

@@ -239,10 +239,8 @@ def named_step(store: CheckpointStore, resume: str) -> int:
     return int(digits)
 
 
-def load_checkpoint(
-    engine, store: CheckpointStore, step: int, ranks: Ranks, *, is_whole: bool = True
-) -> tuple[RunState, dict]:
-    """Load engine and random states of a verified checkpoint; returns the loop's state and the manifest.
+def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks, *, is_whole: bool = True) -> RunState:
+    """Load engine and random states of a verified checkpoint; returns the loop's state.
 
     Args:
         is_whole: whether it holds the parameters that do not train.
@@ -266,4 +264,4 @@ def load_checkpoint(
         raise CheckpointError(f"{folder}: DeepSpeed found no engine state in it")
     tensors = load_file(str(folder / f"random_{ranks.rank:05d}.safetensors"))
     _set_random_state(tensors, json.loads((folder / f"random_{ranks.rank:05d}.json").read_text()))
-    return RunState(**manifest["run"]), manifest
+    return RunState(**manifest["run"])

@@ -178,7 +178,7 @@ def _check_device(train: TrainSettings) -> None:
 def _check_zero_keys(zero: dict) -> None:
     known = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
     try:
-        known(**zero)
+        parsed = known(**zero)
     except ValueError as error:
         problems = []
         for item in error.errors():
@@ -188,6 +188,10 @@ def _check_zero_keys(zero: dict) -> None:
                 text = f"unknown key, {did_you_mean(key, known.model_fields)}"
             problems.append(f"deepspeed.zero_optimization.{key}: {text}")
         raise ConfigError("\n".join(problems)) from None
+    if not parsed.compute_grad_norm:
+        raise ConfigError(
+            "deepspeed.zero_optimization.compute_grad_norm: the norm shows whether gradients are finite; remove the key"
+        )
 
 
 def build_model(

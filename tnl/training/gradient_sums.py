@@ -70,6 +70,8 @@ def sum_gradients(model: nn.Module, *, fused: bool) -> list[tuple[nn.Parameter, 
     Args:
         fused: let plain linear layers add to the sum as they make the product; not for torch.compile.
     """
+    assert not getattr(model, "sums_gradients", False), "a second hook would find no gradient"
+    model.sums_gradients = True
     sums = {p: GradientSum(p) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
     for p, total in sums.items():
         # Closures without the model: a cycle through the hook would keep its memory.

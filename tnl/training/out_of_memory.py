@@ -19,19 +19,22 @@ def cures(settings: RunSettings, world_size: int) -> Iterator[str]:
     changes = []
     if train.micro_batch_size > 1:
         changes.append({"micro_batch_size": train.micro_batch_size // 2 if train.micro_batch_size % 2 == 0 else 1})
+    if train.reduce_gradients == "every_step":
+        changes.append({"reduce_gradients": "every_pass"})
     if train.zero_stage < 2:
         changes.append({"zero_stage": 2})
     if train.activation_checkpointing != "full":
         changes.append({"activation_checkpointing": "full", "activation_checkpointing_k": None})
     if train.zero_stage < 3 and world_size > 1 and train.tensor_parallel == 1:
-        changes.append({"zero_stage": 3})
+        changes.append({"zero_stage": 3, "reduce_gradients": "every_pass"})
     planned = memory_plan(settings, world_size).peak
     for change in changes:
         changed = settings.model_copy(update={"train": train.model_copy(update=change)})
         peak = memory_plan(changed, world_size).peak
         if peak < planned:
-            key, value = next(iter(change.items()))
-            yield f"train.{key}={value} ({peak / GIB:.1f} GiB)"
+            new = {key: value for key, value in change.items() if value != getattr(train, key)}
+            named = " ".join(f"train.{key}={'null' if value is None else value}" for key, value in new.items())
+            yield f"{named} ({peak / GIB:.1f} GiB)"
 
 
 def advice(settings: RunSettings, world_size: int) -> str:

@@ -181,6 +181,9 @@ class _Run:
                 self.state.step = chosen
                 self._record("finished", exit_code=0)
             return "finished"
+        if chosen is not None:
+            # First, because DeepSpeed reads files of another layout without such a message.
+            check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
         torch.manual_seed(self.settings.seed)
         network = network_config(self.settings, self.record)
         read = None if self.base is None else self.base.read
@@ -190,9 +193,7 @@ class _Run:
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
         if chosen is not None:
-            is_whole = self.task.trains_all
-            self.state, manifest = load_checkpoint(self.engine, self.store, chosen, self.ranks, is_whole=is_whole)
-            check_same_run(manifest, self.identity, self.store.path(chosen))
+            self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks, is_whole=self.task.trains_all)
         self._write_folder(chosen)
         peak, source = peak_flops(self.ranks.device, self.settings.logging.peak_tflops)
         tokens_per_step = self.data.tokens_per_step(self.settings)

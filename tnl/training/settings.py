@@ -295,8 +295,17 @@ class RunSettings(Settings):
         zero = keys.get("zero_optimization", {})
         if not isinstance(zero, dict):
             problems.append("zero_optimization: must be a mapping")
-        elif "stage" in zero:
-            problems.append("zero_optimization.stage: derived from train.zero_stage, set that instead")
+        else:
+            ours = {
+                "stage": "zero_stage",
+                "offload_optimizer": "offload_optimizer",
+                "offload_param": "offload_parameters",
+            }
+            problems += [
+                f"zero_optimization.{key}: derived from train.{name}, set that instead"
+                for key, name in ours.items()
+                if key in zero
+            ]
         raise_all(problems)
         return keys
 

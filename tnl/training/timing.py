@@ -13,8 +13,9 @@ PHASES = ("data", "forward", "backward", "optimizer", "reduce")
 class StepTimer:
     """Sums the time of each phase of a step. ``data`` is the wait for the batch, ``reduce`` that for the other ranks.
 
-    What ZeRO communicates overlaps the backward pass and counts there; a trace (`logging.profile_steps`) shows it
-    alone. What comes between two steps (evaluation, checkpoints) counts nowhere.
+    What ZeRO communicates overlaps the backward pass and counts there, unless gradients are reduced once a step; a
+    trace (`logging.profile_steps`) shows it alone. What comes between two steps (evaluation, checkpoints) counts
+    nowhere.
     """
 
     def __init__(self, device: torch.device):

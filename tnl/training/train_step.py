@@ -69,7 +69,8 @@ class TrainStep:
                 self._reduction.end_pass()
                 timer.mark("forward")
                 loss_sum += pass_loss_sum.detach()
-            timer.mark("optimizer")
+            timer.mark("reduce")
+        timer.mark("optimizer")
         if with_norms:
             loss_scale = engine.optimizer.loss_scale if self._train.precision == "fp16" else 1.0
             norms = gradient_norms(engine.module, self._mesh.tensor, loss_scale=loss_scale)

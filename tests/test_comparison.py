@@ -1,0 +1,58 @@
+"""`tnl compare`: curves of several runs, by tokens and by time."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.test_report import evaluation_row, is_png, train_row, write_run
+from tnl.errors import EXIT_DATA, EXIT_USAGE
+from tnl.tools.comparison import compare, read_curve
+
+
+def run_of(folder, *, seconds: float, losses: dict[int, float], kind: str = "tnl"):
+    """A run of 40 steps of 1,000 tokens that take ``seconds`` each."""
+    rows = [train_row(step, step_time_s=seconds) for step in range(1, 41)]
+    rows += [evaluation_row(step, loss) for step, loss in losses.items()]
+    run = write_run(folder, rows)
+    (run / "config.yaml").write_text(f"model:\n  kind: {kind}\n")
+    return run
+
+
+def test_a_curve_counts_training_time_and_nothing_else(tmp_path):
+    curve = read_curve(run_of(tmp_path / "run", seconds=0.5, losses={10: 5.0, 40: 4.0}))
+    assert (curve.name, curve.kind, curve.rate) == ("run", "tnl", 2000.0)
+    assert curve.tokens.tolist() == [10_000, 40_000]
+    assert curve.seconds == pytest.approx([5.0, 20.0])
+    assert curve.loss_after(12.5) == pytest.approx(4.5)
+    assert np.isnan(curve.loss_after(4.0))
+
+
+def test_the_slower_run_is_also_judged_when_the_quicker_has_ended(tmp_path):
+    quick = run_of(tmp_path / "quick", seconds=0.5, losses={20: 5.0, 40: 4.0})
+    slow = run_of(tmp_path / "slow", seconds=1.0, losses={20: 4.9, 40: 3.9}, kind="llama")
+    rows = compare([quick, slow], tmp_path / "out")
+    assert [row["kind"] for row in rows] == ["tnl", "llama"]
+    assert [row["heldout_loss"] for row in rows] == [4.0, 3.9]
+    assert [row["heldout_loss_at_equal_time"] for row in rows] == pytest.approx([4.0, 4.9])
+    assert is_png(tmp_path / "out" / "comparison.png")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"] == rows
+
+
+def test_the_command_prints_each_run(tmp_path, tnl_command):
+    runs = [run_of(tmp_path / name, seconds=1.0, losses={40: 4.0}) for name in ("a", "b")]
+    code, out, _ = tnl_command("compare", *runs, "--output", tmp_path / "out")
+    assert code == 0
+    assert "a (tnl)" in out
+    assert "b (tnl)" in out
+    assert "held-out loss  " in out
+
+
+def test_bad_input_is_one_message(tmp_path, tnl_command):
+    run = run_of(tmp_path / "run", seconds=1.0, losses={})
+    code, _, err = tnl_command("compare", run, run)
+    assert (code, err.count("\n")) == (EXIT_DATA, 1)
+    assert "no held-out loss to compare" in err
+    code, _, err = tnl_command("compare", run)
+    assert (code, err.count("\n")) == (EXIT_USAGE, 1)
+    assert "compare 2 to 4 run folders" in err

@@ -1,0 +1,127 @@
+"""Runs side by side: held-out loss by tokens and by the time that training took."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tnl.config import read_yaml
+from tnl.errors import CannotWriteError, ConfigError, DataError
+from tnl.files import write_atomically
+from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, read_metrics, save_figure
+
+# By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
+LINES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (GREY, "D:"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The held-out losses of a run: columns [N] over its evaluations.
+
+    Attributes:
+        name: of the run folder; ``kind`` of its model, tnl or llama.
+        tokens, seconds: trained on before each evaluation, and for how long, evaluations and checkpoints left out.
+        loss: nats per token.
+        rate: tokens per second of training.
+    """
+
+    name: str
+    kind: str
+    tokens: np.ndarray
+    seconds: np.ndarray
+    loss: np.ndarray
+    rate: float
+
+    def loss_after(self, seconds: float) -> float:
+        """Loss after so much training, between two evaluations by a straight line; NaN before the first one."""
+        return float(np.interp(seconds, self.seconds, self.loss, left=math.nan))
+
+
+def read_curve(run: Path) -> Curve:
+    """The curve of a run folder.
+
+    Raises:
+        DataError: its metrics are missing or malformed, or hold no held-out loss.
+    """
+    metrics = read_metrics(run)
+    train, evaluation = metrics.train, metrics.evaluation
+    known = np.isfinite(evaluation["loss"])
+    if not known.any():
+        raise DataError(
+            f"{run}: no held-out loss to compare; prepare the data with heldout_fraction above 0, and let the run end "
+            "or set evaluation.every"
+        )
+    order = np.argsort(train["step"], kind="stable")
+    seconds = np.cumsum(train["step_time_s"][order])
+    tokens, loss = evaluation["tokens"][known], evaluation["loss"][known]
+    config = run / "config.yaml"
+    model = read_yaml(config).get("model", {}) if config.is_file() else {}
+    return Curve(
+        run.resolve().name,
+        model.get("kind", "tnl"),
+        tokens,
+        np.interp(tokens, train["tokens"][order], seconds),
+        loss,
+        float(train["tokens"][order][-1] / seconds[-1]),
+    )
+
+
+def compare(runs: list[Path], folder: Path) -> list[dict]:
+    """Write ``comparison.png`` and ``comparison.json`` to ``folder``; returns a row for each run.
+
+    Raises:
+        ConfigError: fewer than two runs, or more than there are kinds of lines.
+        DataError: see `read_curve`.
+        CannotWriteError: the folder cannot be written to.
+    """
+    if not 2 <= len(runs) <= len(LINES):
+        raise ConfigError(f"runs: {len(runs)} given; compare 2 to {len(LINES)} run folders")
+    curves = [read_curve(run) for run in runs]
+    shortest = min(curve.seconds[-1] for curve in curves)
+    rows = [
+        {
+            "run": curve.name,
+            "kind": curve.kind,
+            "tokens": int(curve.tokens[-1]),
+            "tokens_per_s": curve.rate,
+            "seconds": float(curve.seconds[-1]),
+            "heldout_loss": float(curve.loss[-1]),
+            "heldout_loss_at_equal_time": curve.loss_after(shortest),
+        }
+        for curve in curves
+    ]
+    columns = ("tokens", "seconds", "loss")
+    points = {curve.name: {key: getattr(curve, key).tolist() for key in columns} for curve in curves}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw(curves, folder / "comparison.png")
+        write_atomically(folder / "comparison.json", json.dumps({"rows": rows, "curves": points}, indent=1) + "\n")
+    except OSError as error:
+        raise CannotWriteError(
+            f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
+        ) from error
+    return rows
+
+
+def _draw(curves: list[Curve], path: Path) -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        for axes, key, title, unit in zip(
+            figure.subplots(1, 2),
+            ("tokens", "seconds"),
+            ("Held-out loss by tokens", "Held-out loss by training time"),
+            ("training tokens", "seconds of training"),
+            strict=True,
+        ):
+            for curve, (color, style) in zip(curves, LINES, strict=False):
+                label = f"{curve.name} ({curve.kind})"
+                axes.plot(getattr(curve, key), curve.loss, style, ms=4, color=color, label=label)
+            axes.set(title=title, xlabel=unit, ylabel="nats per token")
+            axes.xaxis.set_major_formatter(number_formatter())
+            axes.legend()
+        save_figure(figure, path)
