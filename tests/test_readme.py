@@ -5,12 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from tests.checkout import ROOT, python_path
 from tests.released_layout import hub_cache, released_model, write_released
 from tnl.config import find_config
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -65,11 +64,10 @@ def test_the_section_on_released_checkpoints_runs_as_it_stands(tmp_path):
     assert {line.split()[1] for line in lines} == {"generate", "chat", "convert"}
     for line in lines:
         program += [f"sys.argv = shlex.split({line!r})", "print('$', *sys.argv)", "cli.app(standalone_mode=False)"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)],
         cwd=tmp_path,
-        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": search},
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()},
         input="Hello\n",
         capture_output=True,
         text=True,
