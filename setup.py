@@ -40,13 +40,14 @@ setup(
         "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
-        "eval": ["lm-eval>=0.4.12"],
+        "eval": ["lm-eval>=0.4.13"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
         "quant": ["accelerate", "bitsandbytes>=0.50", "torchao>=0.18"],
         "dev": [
             "accelerate",
             "hypothesis",
+            "lm-eval>=0.4.13",
             "peft>=0.20",
             "pytest",
             "pytest-timeout",
