@@ -257,7 +257,7 @@ class HarnessModel(TemplateLM):
         continuations, digests = [], []
         for (context, ids), name in zip(pairs, names, strict=True):
             read = self._fitting(np.concatenate([context, ids[:-1]]), len(ids), name)
-            digests.append(request_digest("loglikelihood", "", read, ids))
+            digests.append("" if self._cache is None else request_digest("loglikelihood", "", read, ids))
             place = places.setdefault(sort_key(read), len(sequences))
             if place == len(sequences):
                 sequences.append(read)

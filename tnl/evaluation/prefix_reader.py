@@ -13,6 +13,12 @@ from tnl.model.state import TransnormerState, state_bytes
 Span = tuple[Read, int, int]
 
 
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of ``array``, without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class ForkedState(TransnormerState):
     """Sequences that go on from sequences of another state.
 
@@ -132,8 +138,8 @@ class PrefixReader:
             offsets = np.cumsum([0, *(b - a for _, a, b in spans)])
             self.tokens_read += len(ids)
             output = self._model.model(
-                torch.from_numpy(ids.astype(np.int64))[None].to(self._model.device, non_blocking=True),
-                cu_seqlens=torch.from_numpy(offsets.astype(np.int32)).to(self._model.device, non_blocking=True),
+                on_device(ids.astype(np.int64), self._model.device)[None],
+                cu_seqlens=on_device(offsets.astype(np.int32), self._model.device),
                 past_key_values=current,
                 use_cache=holds,
             )

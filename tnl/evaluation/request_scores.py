@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tnl.errors import NonFiniteError
-from tnl.evaluation.prefix_reader import PrefixReader, Span
+from tnl.evaluation.prefix_reader import PrefixReader, Span, on_device
 from tnl.evaluation.prefix_tree import Read
 from tnl.evaluation.token_scores import PendingScores, token_scores
 
@@ -87,11 +87,8 @@ class RequestScores:
             offset += stop - start
         before, self._pending = self._pending, None
         if places:
-            rows, labels = (torch.from_numpy(np.concatenate(x)) for x in (places, targets))
-            device = hidden.device
-            scores, greedy = token_scores(
-                self._model, hidden[rows.to(device, non_blocking=True)], labels.to(device, non_blocking=True)
-            )
+            rows, labels = (on_device(np.concatenate(x), hidden.device) for x in (places, targets))
+            scores, greedy = token_scores(self._model, hidden[rows], labels)
             self._pending = PendingScores(np.concatenate(owners), scores, greedy)
         if before is not None:
             self._take(before)
