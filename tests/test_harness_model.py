@@ -1,12 +1,15 @@
 """`HarnessModel` gives what lm-eval's own ``hf`` adapter gives, and one forward pass beyond that one's limit."""
 
+import json
 import random
 
+import lm_eval
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from tests.harness_requests import assert_same_scores, multiple_choice, requests, words
@@ -233,7 +236,9 @@ def test_an_end_token_of_the_tokenizer_ends_a_row(model, tokenizers):
     context = "the state of"
     ids = tokenizer(context)["input_ids"]
     made = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
-    eos, tokenizer.eos_token_id = tokenizer.eos_token_id, made[4]
+    texts = [tokenizer.decode([i]) for i in made]
+    end = next(i for i in range(1, 8) if "\ufffd" not in texts[i] and texts[i] not in tokenizer.decode(made[:i]))
+    eos, tokenizer.eos_token_id = tokenizer.eos_token_id, made[end]
     try:
         asked = requests("generate_until", [(context, {"max_gen_toks": 8}), ("12 345", {"max_gen_toks": 8})])
         expected = hf(model, tokenizer, batch_size=1).generate_until(asked, disable_tqdm=True)
@@ -241,7 +246,7 @@ def test_an_end_token_of_the_tokenizer_ends_a_row(model, tokenizers):
         assert ours.generate_until(asked, disable_tqdm=True) == expected
     finally:
         tokenizer.eos_token_id = eos
-    assert ours.counts.tokens_generated <= 12
+    assert ours.counts.tokens_generated <= end + 8
 
 
 def test_samples_do_not_depend_on_the_batch_and_differ_when_repeated(model, tokenizers):
@@ -275,6 +280,60 @@ def test_a_limit_leaves_room_for_new_tokens_as_in_hf(model, tokenizers):
     assert ours.counts.truncations == 4
 
 
+# A whole evaluation
+
+
+def test_an_evaluation_of_lm_eval_gives_the_same_numbers(model, tokenizers, tmp_path):
+    records = [{"text": f"def value {i} =", "choices": ["self", "state of", "12"], "answer": i % 3} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+    }
+    tasks = [
+        common
+        | {
+            "task": "choices",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{text}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "num_fewshot": 2,
+            "fewshot_split": "test",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        common
+        | {
+            "task": "rolling",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        common
+        | {
+            "task": "texts",
+            "output_type": "generate_until",
+            "doc_to_text": "{{text}}",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ]
+    manager, results = TaskManager(include_defaults=False), []
+    ours = HarnessModel(model, tokenizers[False])
+    for lm in (hf(model, tokenizers[False]), ours):
+        found = lm_eval.evaluate(lm, manager.load(tasks), bootstrap_iters=0)["results"]
+        results.append({(task, name): x for task, row in found.items() for name, x in row.items() if name != "alias"})
+    numbers, expected = (
+        {name: x for name, x in found.items() if not isinstance(x, str)} for found in reversed(results)
+    )
+    assert {"choices", "rolling", "texts"} == {task for task, _ in numbers}
+    assert numbers == pytest.approx(expected, rel=1e-6)
+    assert ours.counts.requests == 8 * 3 + 8 + 8
+
+
 # What is refused
 
 
@@ -294,6 +353,11 @@ def test_a_request_without_an_answer_is_named(model, tokenizers, kind, arguments
     ours = HarnessModel(model, tokenizers[False], max_length=20)
     with pytest.raises(ValueError, match=message):
         getattr(ours, kind)(requests(kind, [arguments]), disable_tqdm=True)
+
+
+def test_another_kind_of_model_is_refused(tokenizers):
+    with pytest.raises(ConfigError, match="Linear: expected a TransnormerForCausalLM"):
+        HarnessModel(torch.nn.Linear(2, 2), tokenizers[False])
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizers):

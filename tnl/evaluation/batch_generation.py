@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tnl.generation.text_stream import INCOMPLETE
 from tnl.model.state import TransnormerState
 
 # Tokens beyond the bytes of a stop text in which it is looked for: those without any text lie between, too.
@@ -40,13 +41,19 @@ class GenerationSettings:
 class StopTexts(StoppingCriteria):
     """Sees every token of a batch and ends each row at its own end token or stop text.
 
+    A stop text that is not noticed costs tokens and changes no text, which is cut at it in any case.
+
     Attributes:
         ids: the tokens of each row so far, up to its end and without its end token.
     """
 
     def __init__(self, tokenizer, num_rows: int, until: Sequence[str], eos_ids: frozenset[int]):
-        self._tokenizer, self._until, self._eos_ids = tokenizer, [text for text in until if text], eos_ids
+        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        # An end token is known by its id; its name as text hardly ever comes, and its letters always do.
+        names = {tokenizer.decode([i]) for i in eos_ids}
+        self._until = [text for text in until if text and text not in names]
         self._window = max((len(text.encode()) for text in self._until), default=0) + SPARE_TOKENS
+        self._can_end: dict[int, bool] = {}
         self._ended = [False] * num_rows
         self.ids: list[list[int]] = [[] for _ in range(num_rows)]
 
@@ -60,11 +67,23 @@ class StopTexts(StoppingCriteria):
                 continue
             self.ids[i].append(token)
             # Tokens decode together: what the last ones seem to hold counts if the whole holds it.
-            self._ended[i] = self._stops(self.ids[i][-self._window :]) and self._stops(self.ids[i])
+            self._ended[i] = (
+                self._can_end_text(token) and self._stops(self.ids[i][-self._window :]) and self._stops(self.ids[i])
+            )
         return torch.tensor(self._ended, device=input_ids.device)
 
+    def _can_end_text(self, token: int) -> bool:
+        """Whether the last character of a stop text may come from this token: decoding for every row would take as long
+        as the step."""
+        if token not in self._can_end:
+            text = self._tokenizer.decode([token])
+            # A part of a character, or a space that is not shown at the beginning.
+            is_open = not text or INCOMPLETE in text
+            self._can_end[token] = any(is_open or stop[-1] in text or stop[-1].isspace() for stop in self._until)
+        return self._can_end[token]
+
     def _stops(self, ids: list[int]) -> bool:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True) if self._until else ""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return any(stop in text for stop in self._until)
 
 

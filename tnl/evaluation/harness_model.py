@@ -27,6 +27,7 @@ from tnl.evaluation.request_texts import DEFAULT_NEW_TOKENS, RequestTexts, gener
 from tnl.evaluation.request_tokens import RequestTokens
 from tnl.evaluation.result_keys import model_digest, request_digest, result_key
 from tnl.evaluation.sample_cache import SampleCache
+from tnl.model.modeling import TransnormerForCausalLM
 
 _log = logging.getLogger(__name__)
 
@@ -95,9 +96,11 @@ class HarnessModel(TemplateLM):
             ConfigError: not a TNL model, a tokenizer of another vocabulary, or a size below 1.
         """
         super().__init__()
-        kind = getattr(model.config, "model_type", None)
-        if kind != "transnormer":
-            raise ConfigError(f"model_type {kind!r}, expected transnormer; lm-eval's own hf adapter takes other models")
+        if not isinstance(model, TransnormerForCausalLM):
+            raise ConfigError(
+                f"{type(model).__name__}: expected a TransnormerForCausalLM; merge an adapter into it first, and give "
+                "other models to lm-eval's own hf adapter"
+            )
         for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: must be 1 or more, got {value}")
