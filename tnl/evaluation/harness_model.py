@@ -266,7 +266,7 @@ class HarnessModel(TemplateLM):
                 sequences.append(read)
             continuations.append(Continuation(ids, place, name))
         order = [place for _, place in sorted(places.items())]
-        mine = order[self._division.share(new_tokens([sequences[place] for place in order]))]
+        mine = order[self._division.share(lambda: new_tokens([sequences[place] for place in order]))]
         asked: dict[int, list[int]] = {place: [] for place in mine}
         found: dict[int, Score] = {}
         for i, continuation in enumerate(continuations):
@@ -300,7 +300,7 @@ class HarnessModel(TemplateLM):
         """Continuations of prompts of equal settings by index, on every rank."""
         ends = {i: unshared(ids, i) for i, ids in prompts.items()}
         order = sorted(prompts, key=lambda i: sort_key(ends[i]))
-        mine = order[self._division.share(new_tokens([ends[i] for i in order]) + settings.max_new_tokens)]
+        mine = order[self._division.share(lambda: new_tokens([ends[i] for i in order]) + settings.max_new_tokens)]
         found = {i: known for i in mine if (known := self._known(digests[i])) is not None}
         self.counts.from_cache += len(found)
         missing = {i: prompts[i] for i in mine if i not in found}

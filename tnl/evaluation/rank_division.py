@@ -1,6 +1,6 @@
 """Requests divided among the ranks of a run, and their results brought together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch.distributed as dist
@@ -18,11 +18,17 @@ class RankDivision:
         self.rank = dist.get_rank(group) if together else 0
         self.size = dist.get_world_size(group) if together else 1
 
-    def share(self, costs: Sequence[int]) -> slice:
+    def share(self, costs: Callable[[], Sequence[int]]) -> slice:
         """This rank's part of items in a row, so that every part costs about the same.
 
         Neighbours stay together: items that share a beginning stand side by side.
+
+        Args:
+            costs: gives the cost of each item; not asked where there is nothing to divide.
         """
+        if self.size == 1:
+            return slice(None)
+        costs = costs()
         ends = np.cumsum(costs, dtype=np.float64)
         middles = ends - np.asarray(costs) / 2
         owners = np.floor(middles * self.size / max(1.0, ends[-1] if len(ends) else 0.0))
