@@ -334,6 +334,20 @@ def test_an_evaluation_of_lm_eval_gives_the_same_numbers(model, tokenizers, tmp_
     assert ours.counts.requests == 8 * 3 + 8 + 8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_state_bytes", [1, 2**32], ids=["one state", "all states"])
+def test_on_a_gpu_scores_and_texts_equal_hf(tokenizers, max_state_bytes):
+    on_gpu = tiny_model(vocab_size=340).cuda()
+    theirs = HFLM(pretrained=on_gpu, tokenizer=tokenizers[False], device="cuda", batch_size=1)
+    ours = HarnessModel(on_gpu, tokenizers[False], batch_tokens=100, max_state_bytes=max_state_bytes)
+    asked, prompts = choice_requests()[:50], generation_requests()
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    scores = ours.loglikelihood(asked, disable_tqdm=True)
+    # Other shapes of a matmul round in another way.
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], abs=1e-3)
+    assert ours.generate_until(prompts, True) == theirs.generate_until(prompts, True)
+
+
 # What is refused
 
 
