@@ -374,6 +374,14 @@ def test_another_kind_of_model_is_refused(tokenizers):
         HarnessModel(torch.nn.Linear(2, 2), tokenizers[False])
 
 
+def test_partitioned_weights_are_refused(tokenizers):
+    partitioned = tiny_model(vocab_size=340)
+    for parameter in partitioned.parameters():
+        parameter.ds_id = 0
+    with pytest.raises(ConfigError, match=r"partitioned by ZeRO-3.*evaluate a saved checkpoint"):
+        HarnessModel(partitioned, tokenizers[False])
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizers):
     with pytest.raises(ConfigError, match=r"ids go up to 339, the model's vocab_size is 61; give the model's own"):
         HarnessModel(tiny_model(), tokenizers[False])

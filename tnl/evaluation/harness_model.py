@@ -93,13 +93,19 @@ class HarnessModel(TemplateLM):
             ranks: that share the work; default all of them.
 
         Raises:
-            ConfigError: not a TNL model, a tokenizer of another vocabulary, or a size below 1.
+            ConfigError: not a TNL model or one whose weights are partitioned, a tokenizer of another vocabulary, or a
+                size below 1.
         """
         super().__init__()
         if not isinstance(model, TransnormerForCausalLM):
             raise ConfigError(
                 f"{type(model).__name__}: expected a TransnormerForCausalLM; merge an adapter into it first, and give "
                 "other models to lm-eval's own hf adapter"
+            )
+        if hasattr(next(model.parameters()), "ds_id"):
+            raise ConfigError(
+                "the weights are partitioned by ZeRO-3, under which every forward pass is made by all ranks together; "
+                "evaluate a saved checkpoint, or train with ZeRO 2"
             )
         for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value is not None and value < 1:

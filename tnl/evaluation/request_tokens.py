@@ -22,7 +22,10 @@ class RequestTokens:
 
     def __init__(self, tokenizer, add_bos_token: bool | None = None, split_special_tokens: bool | None = None):
         self.tokenizer, self._add_bos_token = tokenizer, add_bos_token
-        self._options = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
+        # A text beyond the tokenizer's own limit is no problem, and not worth a warning.
+        self._options = {"return_attention_mask": False, "verbose": False}
+        if split_special_tokens is not None:
+            self._options["split_special_tokens"] = split_special_tokens
 
     @property
     def prefix_id(self) -> int:
