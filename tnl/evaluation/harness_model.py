@@ -1,7 +1,8 @@
 """`HarnessModel`: a TNL model for lm-eval, which reads what requests share once and takes texts of any length.
 
 Scores and texts are those of lm-eval's own ``hf`` adapter with a batch size of 1, where a text fits that one's maximum
-length; beyond it they are those of one forward pass over all of it.
+length; beyond it they are those of one forward pass over all of it. Of logits in bf16 the softmax is taken in fp32, as
+that adapter does with ``softmax_dtype=float32``: by default it rounds log-likelihoods to bf16, where many become equal.
 """
 
 import json
