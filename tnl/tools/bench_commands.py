@@ -189,3 +189,38 @@ def bench_finetune(
         json_file=json_file,
         report=lambda text: print(text, flush=True),
     )
+
+
+@bench_app.command("evaluate")
+def bench_evaluate(
+    model: BenchModel = "tnl-1b",
+    subjects: Annotated[int, typer.Option(help="Few-shot prefixes of MMLU's shape.", min=1)] = 57,
+    questions: Annotated[int, typer.Option(help="Questions behind each of them.", min=1)] = 250,
+    contexts: Annotated[int, typer.Option(help="Contexts of HellaSwag's shape.", min=1)] = 4000,
+    document: Annotated[int, typer.Option(help="Tokens of the long text.", min=2)] = 2**20,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 2**14,
+    only: Annotated[
+        str | None, typer.Option(help="Some of mmlu, long-choices, hellaswag, document and fp32; default: all.")
+    ] = None,
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Evaluation: our adapter beside lm-eval's own on requests of MMLU's and HellaSwag's shapes, and one long text.
+
+    Examples:
+
+        tnl bench evaluate tnl-1b --json evaluate.json
+
+        tnl bench evaluate tnl-tiny --subjects 2 --questions 4 --contexts 4 --document 4096
+    """
+    from tnl.tools.bench_evaluate import EvaluateWork, chosen_parts
+    from tnl.tools.bench_evaluate import bench_evaluate as run
+
+    run(
+        model,
+        work=EvaluateWork(subjects, questions, contexts, document, batch_tokens),
+        parts=chosen_parts(only),
+        device=device,
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )
