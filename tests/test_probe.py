@@ -65,11 +65,11 @@ def test_answers_are_scored_behind_a_state_as_behind_its_text(model):
 @pytest.mark.parametrize("kind", [NEEDLE, PASSKEY], ids=lambda kind: kind.name)
 def test_every_prompt_is_what_one_forward_pass_sees(model, tokenizer, kind):
     hay = np.random.default_rng(1).integers(3, 340, LENGTHS[-1])
-    samples = make_samples(kind, tokenizer, 2, 3, seed=5)
+    samples = make_samples(kind, tokenizer, 12, 3, seed=5)
     found = retrieve(model, tokenizer, kind, hay, samples, LENGTHS, DEPTHS, piece_tokens=64)
     intro = np.array(tokenizer(kind.intro, add_special_tokens=False).input_ids, dtype=np.int64)
-    places = [(length, sample, depth) for length in LENGTHS for sample in samples for depth in DEPTHS]
-    for one, (length, sample, depth) in zip(found, places, strict=True):
+    places = [(length, depth) for length in LENGTHS for depth in DEPTHS for _ in range(2)]
+    for one, sample, (length, depth) in zip(found, samples, places, strict=True):
         room = length - len(intro) - len(sample.needle) - len(sample.question)
         place = round(depth * room)
         prompt = np.concatenate([intro, hay[:place], sample.needle, hay[place:room], sample.question])
@@ -96,7 +96,7 @@ def test_a_model_that_looks_the_number_up_finds_it_everywhere(model, tokenizer, 
     monkeypatch.setattr(retrieval, "read", remember)
     monkeypatch.setattr(retrieval, "score_answers", look_up)
     hay = haystack.text_ids(tokenizer, None, LENGTHS[-1])
-    found = retrieve(model, tokenizer, NEEDLE, hay, make_samples(NEEDLE, tokenizer, 3, 4, 0), LENGTHS, DEPTHS)
+    found = retrieve(model, tokenizer, NEEDLE, hay, make_samples(NEEDLE, tokenizer, 18, 4, 0), LENGTHS, DEPTHS)
     result = summary(found, 4)
     assert (result["exact_match"], result["most_likely"], result["mean_rank"]) == (1.0, 1.0, 1.0)
     assert [(row["length"], row["depth"]) for row in result["rows"]] == [(n, d) for n in LENGTHS for d in DEPTHS]

@@ -110,13 +110,14 @@ def retrieve(
     piece_tokens: int = PIECE_TOKENS,
     finished: Callable[[int], None] = lambda tokens: None,
 ) -> list[Found]:
-    """Ask for every sample at every place: one state is in memory beside the one that reads, whatever the length.
+    """Ask for a fact at every place: one state is in memory beside the one that reads, whatever the length.
 
     A prompt is the intro, a part of the haystack, the needle, more of the haystack and the question. What stands before
     the needle is read once: a state that has read so far is forked.
 
     Args:
         haystack: ids int64 [T], at least as many as the longest prompt.
+        samples: as many for each place, those of one place side by side, the places by length and then by depth.
         lengths: tokens of the prompts.
         depths: parts of the haystack that stand before the needle, 0 to 1.
         finished: called after each prompt with the tokens that were read for it.
@@ -126,16 +127,17 @@ def retrieve(
         NonFiniteError: a log-likelihood is not finite.
     """
     intro = np.concatenate([start_ids(tokenizer), _ids(tokenizer, kind.intro)])
+    places = [(length, depth) for length in lengths for depth in depths]
     jobs = []
-    for length in lengths:
-        for sample in samples:
-            room = length - len(intro) - len(sample.needle) - len(sample.question)
-            if room < 1:
-                raise ConfigError(
-                    f"--lengths: {length} tokens do not hold the needle and the question, which take {length - room}; "
-                    "give longer ones"
-                )
-            jobs += [(round(depth * room), room, length, depth, sample) for depth in depths]
+    for i, sample in enumerate(samples):
+        length, depth = places[i * len(places) // len(samples)]
+        room = length - len(intro) - len(sample.needle) - len(sample.question)
+        if room < 1:
+            raise ConfigError(
+                f"--lengths: {length} tokens do not hold the needle and the question, which take {length - room}; "
+                "give longer ones"
+            )
+        jobs.append((round(depth * room), room, length, depth, sample))
     # Python's sort keeps the order of jobs that stand at the same place.
     order = sorted(range(len(jobs)), key=lambda i: jobs[i][0])
     before, reached = TransnormerState(), 0
@@ -161,10 +163,7 @@ def retrieve(
 
 
 def summary(found: Sequence[Found], num_candidates: int) -> dict:
-    """The scores of all, and of each place, as JSON values.
-
-    Standard errors take every prompt for a sample of its own, though prompts at several places share a fact.
-    """
+    """The scores of all, and of each place, as JSON values."""
     places: dict[tuple[int, float], list[Found]] = {}
     for one in found:
         places.setdefault((one.length, one.depth), []).append(one)

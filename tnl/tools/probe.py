@@ -64,7 +64,7 @@ def probe_retrieval(
     repeats = kind.filler is not None
     haystack = haystack_of(kind, tokenizer, lengths[-1]) if repeats else text_ids(tokenizer, text, lengths[-1])
     places = np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5]
-    facts = make_samples(kind, tokenizer, samples, candidates, seed)
+    facts = make_samples(kind, tokenizer, len(lengths) * depths * samples, candidates, seed)
     with tqdm(total=sum(lengths) * depths * samples, unit="token", unit_scale=True, disable=None) as bar:
         found = retrieve(model, tokenizer, kind, haystack, facts, lengths, places, finished=bar.update)
     of = {"kind": kind.name, "lengths": list(lengths), "depths": places, "candidates": candidates, "seed": seed}
