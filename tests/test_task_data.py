@@ -1,0 +1,148 @@
+"""Data of tasks come from a folder or the datasets cache, or are said to be missing; nothing else is read or run."""
+
+import datasets
+import pytest
+
+from tests.task_files import COUNT, TASKS, write_rows, write_tasks
+from tnl.errors import DataError
+from tnl.evaluation.quick_tasks import QUICK_TASKS
+from tnl.evaluation.task_data import MissingDataError, TaskData, without_network
+from tnl.evaluation.task_fetch import fetch
+from tnl.evaluation.task_library import Leaf, TaskLibrary
+
+NAMES = {"baber/piqa": "piqa", "ai2_arc/ARC-Easy": "arc_easy"}
+
+
+def build(folder, name, num_fewshot=None):
+    return TaskLibrary(TaskData(folder)).build(Leaf(name), num_fewshot)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return TaskLibrary(TaskData(write_tasks(tmp_path_factory.mktemp("tasks"))))
+
+
+@pytest.mark.parametrize("folder", TASKS)
+def test_a_task_is_built_from_the_file_of_the_split_that_it_asks(folder, library):
+    name = NAMES.get(folder, folder)
+    task = library.build(Leaf(name), None)
+    assert len(task.eval_docs) == COUNT
+    files = {file.rpartition("/")[2]: len(digest) for file, digest in library.data.sources[name].items()}
+    assert files == {f"{split}.jsonl": 64 for split in TASKS[folder][0]}
+
+
+def test_parquet_in_several_files_is_the_same_data(tmp_path, library):
+    write_tasks(tmp_path / "jsonl", ("hellaswag",))
+    rows = datasets.Dataset.from_json(str(tmp_path / "jsonl/hellaswag/validation.jsonl"), cache_dir=str(tmp_path))
+    target = tmp_path / "parquet/Rowan/hellaswag"
+    target.mkdir(parents=True)
+    for part, indices in enumerate(([0, 1], [2, 3, 4, 5])):
+        rows.select(indices).to_parquet(target / f"validation-0000{part}-of-00002.parquet")
+    found = build(tmp_path / "parquet", "hellaswag").eval_docs
+    expected = build(tmp_path / "jsonl", "hellaswag").eval_docs
+    assert [doc["query"] for doc in found] == [doc["query"] for doc in expected]
+
+
+def test_missing_data_are_named_with_what_fetches_them(tmp_path):
+    with pytest.raises(MissingDataError) as error:
+        build(tmp_path, "winogrande")
+    assert str(error.value) == (
+        f"winogrande: its data set allenai/winogrande (winogrande_xl) is neither in {tmp_path} nor in the cache of "
+        "datasets; where there is a network: tnl data fetch winogrande"
+    )
+
+
+def test_nobody_is_asked_and_the_switch_is_set_back(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with without_network(), pytest.raises(OfflineModeIsEnabled):
+        HfApi().dataset_info("baber/piqa")
+    assert not datasets.config.HF_HUB_OFFLINE
+    original = datasets.load_dataset
+    with pytest.raises(MissingDataError):
+        build(None, "piqa")
+    assert datasets.load_dataset is original
+
+
+def test_code_beside_data_is_not_run(tmp_path):
+    canary = tmp_path / "canary"
+    write_tasks(tmp_path, ("boolq",))
+    program = f"open({str(canary)!r}, 'w')\n"
+    for file in ("boolq/boolq.py", "script/script.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(program)
+    build(tmp_path, "boolq")
+    with pytest.raises(DataError):
+        TaskData(None).read("boolq", str(tmp_path / "script"))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"goal": 1\n', "validation.jsonl:1: not JSON"),
+        ("[1]\n", "validation.jsonl:1: not a JSON object"),
+        ("\n", "validation.jsonl: has no rows"),
+        ('{"goal": "a"}\n{"goal": 1}\n', "validation.jsonl: Expected bytes, got a 'int' object"),
+        ('{"goals": "a", "label": 0}\n', "piqa: cannot be built (UndefinedError: 'goal' is undefined)"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(content, message, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/validation.jsonl").write_text(content)
+    with pytest.raises(DataError) as error:
+        build(tmp_path, "piqa")
+    assert message in str(error.value)
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    write_tasks(tmp_path, ("boolq",))
+    (tmp_path / "boolq/validation.jsonl").rename(tmp_path / "boolq/test.jsonl")
+    with pytest.raises(DataError, match="there is no split train, validation"):
+        build(tmp_path, "boolq")
+
+
+def test_more_examples_than_there_are_are_refused(tmp_path):
+    write_tasks(tmp_path, ("mmlu_anatomy",))
+    assert build(tmp_path, "mmlu_anatomy", 5).get_config("num_fewshot") == 5
+    with pytest.raises(DataError, match="mmlu_anatomy: 6 examples are asked for, its data have 6"):
+        build(tmp_path, "mmlu_anatomy", 6)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder; correct --data-dir"):
+        TaskData(tmp_path / "nope")
+
+
+def test_what_is_fetched_is_read_again(tmp_path):
+    rows = {"id": "1", "pid": "1_0", "input": "which value?\n\nthe state of self", "output": "the state"}
+    write_rows(tmp_path / "archive/validation.jsonl", [rows, rows | {"output": "self"}])
+    asked, said = [], []
+
+    def load(path, name=None, **options):
+        asked.append((path, name, options))
+        return datasets.DatasetDict(validation=datasets.Dataset.from_json(str(tmp_path / "archive/validation.jsonl")))
+
+    folder = tmp_path / "tasks"
+    fetch(["scrolls_qmsum", "tnl_copy"], folder, report=said.append, load=load)
+    assert asked[0][0] == "json"
+    assert asked[0][2]["data_files"]["validation"].endswith("/tau/scrolls/resolve/main/qmsum.zip")
+    assert said == ["scrolls_qmsum: validation 2", "tnl_copy: makes its own data"]
+    (document,) = build(folder, "scrolls_qmsum").eval_docs
+    assert (document["question"], document["text"]) == ("which value?", "the state of self")
+    assert document["outputs"] == ["the state", "self"]
+    fetch(["scrolls_qmsum"], folder, report=said.append, load=load)
+    assert (len(asked), said[-1]) == (1, "scrolls_qmsum: there already")
+
+
+@pytest.mark.parametrize("name", QUICK_TASKS)
+def test_quick_tasks_make_the_same_data_every_time(name, library):
+    first, second = (list(library.build(Leaf(name), None).eval_docs) for _ in range(2))
+    assert first == second
+    assert len(first) >= 20
+    for document in first:
+        if "choices" in document:
+            assert len(set(document["choices"])) == 4
