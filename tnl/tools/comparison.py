@@ -1,7 +1,9 @@
-"""Runs side by side: held-out loss by tokens and by the time that training took."""
+"""Runs side by side: held-out loss by tokens and by the time that training took. Results of `tnl evaluate` are left to
+`tnl.tools.score_comparison`."""
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.files import write_atomically
 from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, read_metrics, save_figure
+from tnl.tools.score_comparison import compare_scores, is_result, lines
+from tnl.tools.tables import format_rows
 
 # By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
 LINES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (GREY, "D:"))
@@ -66,6 +70,37 @@ def read_curve(run: Path) -> Curve:
         loss,
         float(train["tokens"][order][-1] / seconds[-1]),
     )
+
+
+def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], None] = print) -> None:
+    """Compare run folders, or two results of `tnl evaluate`, and print what was found.
+
+    Raises:
+        ConfigError: some of both; see `compare` and `compare_scores`.
+        DataError, CannotWriteError: see there.
+    """
+    results = [path for path in paths if is_result(path)]
+    if results and len(results) < len(paths):
+        other = next(path for path in paths if path not in results)
+        raise ConfigError(
+            f"{other}: no result of tnl evaluate, and {results[0]} is one; compare results with results, or runs with "
+            "runs"
+        )
+    if results:
+        found, notes = compare_scores(paths, folder)
+        report(format_rows(f"first {paths[0]}, second {paths[1]}: scores, difference, interval of 95 %", lines(found)))
+        for note in notes:
+            report(f"note: {note}")
+    else:
+        for row in compare(paths, folder):
+            facts = {
+                "tokens": f"{row['tokens']:,}",
+                "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
+                "held-out loss": f"{row['heldout_loss']:.4f} nats",
+                "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
+            }
+            report(format_rows(f"{row['run']} ({row['kind']})", list(facts.items())))
+    report(f"plot: {folder / 'comparison.png'}")
 
 
 def compare(runs: list[Path], folder: Path) -> list[dict]:
