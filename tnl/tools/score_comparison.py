@@ -96,7 +96,6 @@ def compare_scores(paths: Sequence[Path], folder: Path) -> tuple[list[Difference
     ]
     found: list[Difference] = []
     for task in tasks:
-        better = details[0][task]
         first, second = (_samples(each / PROMPTS / f"{task}.jsonl") for each in folders)
         _check_same(task, first, second, folders)
         more, left = _differences(task, first, second, details[0][task])
@@ -226,19 +225,18 @@ def lines(found: Sequence[Difference]) -> list[tuple[str, str]]:
     """What is printed of each difference."""
     shown = []
     for one in found:
-        verdict = "not told apart"
-        if one.is_told_apart:
-            verdict = "the second is higher" if one.difference > 0 else "the first is higher"
-            if one.higher_is_better is not None:
-                verdict = (
-                    "the second is better" if (one.difference > 0) == one.higher_is_better else "the first is better"
-                )
         interval = "" if one.interval is None else f" [{one.interval[0]:+.4f}, {one.interval[1]:+.4f}]"
-        text = (
-            f"{one.first:.4f} and {one.second:.4f}, {one.difference:+.4f}{interval}, {one.samples:,} samples: {verdict}"
-        )
-        shown.append((f"{one.task}, {one.metric}", text))
+        text = f"{one.first:.4f} and {one.second:.4f}, {one.difference:+.4f}{interval}, {one.samples:,} samples"
+        shown.append((f"{one.task}, {one.metric}", f"{text}: {_verdict(one)}"))
     return shown
+
+
+def _verdict(one: Difference) -> str:
+    if not one.is_told_apart:
+        return "not told apart"
+    if one.higher_is_better is None:
+        return f"the {'second' if one.difference > 0 else 'first'} is higher"
+    return f"the {'second' if (one.difference > 0) == one.higher_is_better else 'first'} is better"
 
 
 def _draw(found: Sequence[Difference], names: Sequence[str], path: Path) -> None:
