@@ -81,7 +81,7 @@ TREE = {"title": "t", "tasks": [{"task": "piqa", "column": "A", "metric": "acc"}
     ],
 )
 def test_a_suite_that_is_wrong_is_refused(changes, message):
-    with pytest.raises(ConfigError, match="suite.yaml: ") as error:
+    with pytest.raises(ConfigError, match=r"suite\.yaml: ") as error:
         configuration.validate(SuiteSettings, TREE | changes, "suite.yaml")
     assert message in str(error.value)
 
@@ -91,9 +91,9 @@ def test_suites_expand_to_their_tasks():
 
 
 def test_a_name_that_nothing_has_is_answered_with_one_that_is_like_it(library):
-    with pytest.raises(ConfigError, match="no task 'helaswag', did you mean hellaswag?"):
+    with pytest.raises(ConfigError, match=r"no task 'helaswag', did you mean hellaswag\?"):
         library.select("helaswag")
-    with pytest.raises(ConfigError, match="no suite 'papers', did you mean paper?"):
+    with pytest.raises(ConfigError, match=r"no suite 'papers', did you mean paper\?"):
         load_suite("papers")
 
 

@@ -14,6 +14,9 @@ import typer
 
 from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
 from tnl.tools.bench_commands import bench_app
+from tnl.tools.data_commands import Config, Overrides, data_app
+from tnl.tools.evaluate_commands import Model, evaluate
+from tnl.tools.probe_commands import probe_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,18 +28,13 @@ app = typer.Typer(
     "70 internal error, 73 cannot write, 75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or "
     "incompatible, 78 run folder in use, 130 interrupted.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare training data, and look at it.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(probe_app, name="probe")
 
 # What a disk or its owner answers; anything else is a defect of ours.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
-Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one, such as pretrain/quickstart.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides, such as train.steps=100.", show_default=False)
-]
-Model = Annotated[str, typer.Argument(help="Run folder, model folder, or hub name.", metavar="MODEL_OR_RUN")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among tokens that hold this probability together.")]
@@ -50,61 +48,6 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         print(f"tnl {tnl.__version__}")
         raise typer.Exit()
-
-
-@data_app.command("prepare")
-def data_prepare(
-    config: Config,
-    overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="Replace shards that were prepared with other settings.")] = False,
-) -> None:
-    """Tokenize text into shards.
-
-    Examples:
-
-        tnl data prepare data/stdlib
-
-        tnl data prepare my.yaml source.path=~/texts output=data/mine
-    """
-    from tnl import config as configuration
-    from tnl.data.prepare import prepare
-    from tnl.data.settings import PrepareSettings
-
-    prepare(configuration.load(PrepareSettings, config, overrides), report=print, fresh=fresh)
-
-
-@data_app.command("verify")
-def data_verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
-    """Check that every byte of prepared shards is as it was written.
-
-    Example:
-
-        tnl data verify data/quickstart
-    """
-    from tnl.data.shards import verify
-
-    print(f"{folder}: {verify(folder.expanduser()):,} bytes verified")
-
-
-@data_app.command("inspect")
-def data_inspect(
-    config: Config,
-    overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(help="How many examples to show.", min=0)] = 3,
-) -> None:
-    """Show what fine-tuning would train on: template, tokens, which of them are learned, how sequences are filled.
-
-    Examples:
-
-        tnl data inspect finetune/quickstart
-
-        tnl data inspect my.yaml --examples 10 data.template=my.jinja
-    """
-    from tnl.tools.data_inspect import inspect_data
-    from tnl.training.finetune_settings import FinetuneSettings
-    from tnl.training.run_configuration import load_settings
-
-    inspect_data(load_settings(FinetuneSettings, config, overrides), examples)
 
 
 @app.command()
@@ -165,29 +108,7 @@ def finetune(
         raise typer.Exit(EXIT_PREEMPTED)
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="Folder of shards.")],
-    split: Annotated[str, typer.Option(help="heldout or train.")] = "heldout",
-    max_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens only.", min=2)] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Restart the context every so many tokens; default: whole documents.", min=2)
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-) -> None:
-    """Held-out loss in nats, bits per token and bits per byte.
-
-    Examples:
-
-        tnl evaluate runs/quickstart --data data/quickstart
-
-        tnl evaluate my-model --data data/quickstart --max-tokens 100000 --json figures.json
-    """
-    from tnl.evaluation.command import evaluate_shards
-    from tnl.training.export import resolve_model
-
-    evaluate_shards(resolve_model(model), data, split, max_tokens, window, json_file)
+app.command()(evaluate)
 
 
 @app.command()
@@ -344,27 +265,22 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, two to four.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Two to four run folders, or two folders that tnl evaluate --suite wrote.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for comparison.png and comparison.json.")] = Path("comparison"),
 ) -> None:
-    """Held-out loss of several runs, by tokens and by time of training.
+    """Held-out loss of several runs, or benchmark scores of two models by paired differences with 95 % intervals.
 
-    Example:
+    Examples:
 
         tnl compare runs/tnl runs/llama --output comparison
-    """
-    from tnl.tools.comparison import compare as run
-    from tnl.tools.tables import format_rows
 
-    for row in run(runs, output):
-        found = {
-            "tokens": f"{row['tokens']:,}",
-            "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
-            "held-out loss": f"{row['heldout_loss']:.4f} nats",
-            "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
-        }
-        print(format_rows(f"{row['run']} ({row['kind']})", list(found.items())))
-    print(f"plot: {output / 'comparison.png'}")
+        tnl compare evaluation/first-paper evaluation/second-paper
+    """
+    from tnl.tools.comparison import show_comparison
+
+    show_comparison(runs, output)
 
 
 @app.command()

@@ -4,6 +4,7 @@ They need no data set and no network. All of them are drawn from fixed seeds.
 """
 
 import random
+import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown"]
 # Modules that every Python of these years has, long enough to cut lines from.
 MODULES = ["argparse", "ast", "bisect", "calendar", "configparser", "copy", "csv", "datetime", "difflib", "dis"]
 MODULES += ["fnmatch", "functools", "gettext", "glob", "heapq", "inspect", "locale", "queue", "shutil", "textwrap"]
+KEYWORDS = ["and", "as", "else", "for", "if", "import", "in", "is", "not", "or"]
+KEYWORD = re.compile(rf" ({'|'.join(KEYWORDS)}) ")
 SHOWN_LINES = 12
 TEXT_CHARACTERS = 4000
 
@@ -76,6 +79,22 @@ def _next_line(draw: random.Random) -> dict:
     answer = draw.randrange(CHOICES)
     choices.insert(answer, f"{line}\n")
     return {"text": "\n".join(lines[place - SHOWN_LINES : place]), "choices": choices, "answer": answer}
+
+
+def _keyword(draw: random.Random) -> dict:
+    """Lines of a program up to a keyword inside the last: which of four keywords stands there?"""
+    while True:
+        lines = library_file(draw.choice(MODULES)).read_text(encoding="utf-8").splitlines()
+        place = draw.randrange(SHOWN_LINES, len(lines))
+        found = [match for match in KEYWORD.finditer(lines[place]) if lines[place][: match.start()].strip()]
+        if found and not lines[place].lstrip().startswith("#"):
+            break
+    match = draw.choice(found)
+    choices = draw.sample([word for word in KEYWORDS if word != match[1]], CHOICES - 1)
+    answer = draw.randrange(CHOICES)
+    choices.insert(answer, match[1])
+    before = [*lines[place - SHOWN_LINES : place], lines[place][: match.start()]]
+    return {"text": "\n".join(before), "choices": choices, "answer": answer}
 
 
 def _documents(make: Callable[[random.Random], dict], seed: int) -> Callable[..., dict]:
@@ -161,6 +180,7 @@ QUICK_TASKS: dict[str, Callable[[], dict]] = {
     "tnl_recall": lambda: _choice_task(_recall, 2),
     "tnl_arithmetic": lambda: _choice_task(_arithmetic, 3),
     "tnl_next_line": lambda: _choice_task(_next_line, 4, "\n"),
+    "tnl_keyword": lambda: _choice_task(_keyword, 6),
     "tnl_repeat": _repeat_task,
     "tnl_python_text": _python_text_task,
 }

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from lm_eval import tasks as harness_tasks
@@ -182,9 +183,17 @@ class TaskLibrary:
         return manager if name in manager.task_index else None
 
 
-def _files() -> list[Path]:
+@cache
+def _files() -> tuple[Path, ...]:
     """Files of lm-eval in which a task can have its name."""
-    return [file for file in FOLDER.rglob("*") if file.suffix in ("", ".yaml") and file.is_file()]
+    return tuple(file for file in FOLDER.rglob("*") if file.suffix in ("", ".yaml") and file.is_file())
+
+
+@cache
+def _files_with(name: bytes) -> dict[Path, bytes]:
+    """Those that have a name in them, and what they hold."""
+    contents = ((file, file.read_bytes()) for file in _files())
+    return {file: content for file, content in contents if name in content}
 
 
 def _folders_by_name(name: str) -> set[str]:
@@ -194,17 +203,17 @@ def _folders_by_name(name: str) -> set[str]:
 
 def _defining_folders(name: str) -> set[str]:
     """Folders with a file that gives the name to a task or a group."""
-    return _folders_with(rb"(?m)^[\"']?(task|group)[\"']?\s*:\s*[\"']?" + re.escape(name.encode()) + rb"[\"']?\s*$")
+    return _folders_with(name, rb"(?m)^[\"']?(task|group)[\"']?\s*:\s*[\"']?%s[\"']?\s*$")
 
 
 def _mentioning_folders(name: str) -> set[str]:
     """Folders with a file that has the name in it, be it as a tag."""
-    return _folders_with(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return _folders_with(name, rb"(?<![\w-])%s(?![\w-])")
 
 
-def _folders_with(pattern: bytes) -> set[str]:
-    search = re.compile(pattern).search
-    found = {file.relative_to(FOLDER).parts[0] for file in _files() if search(file.read_bytes())}
+def _folders_with(name: str, pattern: bytes) -> set[str]:
+    search = re.compile(pattern % re.escape(name.encode())).search
+    found = {file.relative_to(FOLDER).parts[0] for file, text in _files_with(name.encode()).items() if search(text)}
     return {folder for folder in found if (FOLDER / folder).is_dir()}
 
 
