@@ -1,6 +1,7 @@
 """`tnl probe`: facts found again, losses by position, and what is written of them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -204,3 +205,26 @@ def test_what_cannot_be_meant_is_one_message(tnl_command, folder, tmp_path, argu
     code, _, err = tnl_command("probe", arguments[0], folder, *arguments[1:], "--output", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_a_task_of_ruler_that_cannot_be_made_is_named_and_the_others_run(tnl_command, folder, tmp_path):
+    """This tokenizer takes a token for nearly every letter: too many for the example of variable tracking."""
+    pytest.importorskip("wonderwords")
+    arguments = ["--tasks", "ruler_vt,ruler_fwe", "--samples", "2", "--output", tmp_path]
+    code, out, err = tnl_command("probe", "ruler", folder, *arguments)
+    assert code == 0, err
+    assert "ruler_vt, 4,096 tokens: cannot be made (its example has" in out
+    tracking, frequent = json.loads((tmp_path / "ruler.json").read_text())["rows"]
+    assert "score" not in tracking
+    assert (frequent["samples"], frequent["truncations"], frequent["problem"]) == (2, 0, None)
+    assert is_png(tmp_path / "ruler.png")
+
+
+def test_ruler_without_its_packages_says_what_to_install(tnl_command, folder, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    code, out, err = tnl_command("probe", "ruler", folder, "--tasks", "ruler_fwe", "--output", tmp_path)
+    assert code == 2
+    assert "it needs pip install 'lm-eval[ruler]'" in out
+    assert "--tasks: none of them could run" in err
