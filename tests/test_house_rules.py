@@ -41,7 +41,10 @@ CONFINED = {
         "tnl/training/pretrain.py",
         "tnl/training/finetune.py",
     },
-    "matplotlib": {f"tnl/tools/{name}.py" for name in ("comparison", "probe_plots", "report", "score_comparison")},
+    "matplotlib": {
+        f"tnl/tools/{name}.py"
+        for name in ("comparison", "figures", "probe_plots", "report", "report_scores", "score_comparison")
+    },
     "datasets": {"tnl/data/records.py", "tnl/evaluation/"},
 }
 

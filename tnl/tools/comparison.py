@@ -12,7 +12,8 @@ import numpy as np
 from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.files import write_atomically
-from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, read_metrics, save_figure
+from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
+from tnl.tools.report import read_metrics
 from tnl.tools.score_comparison import compare_scores, is_result, lines
 from tnl.tools.tables import format_rows
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
+from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
 
 
 def draw_grids(

@@ -16,7 +16,7 @@ from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.evaluation.standard_error import ratio
 from tnl.evaluation.suite_command import PROMPTS
 from tnl.files import write_atomically
-from tnl.tools.report import BLUE, GREY, ORANGE, STYLE, save_figure
+from tnl.tools.figures import BLUE, GREY, ORANGE, STYLE, save_figure
 
 SCORES = "scores.json"
 NORMAL_95 = 1.96

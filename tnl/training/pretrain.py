@@ -46,6 +46,7 @@ from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
 from tnl.training.stop import StopRequest
+from tnl.training.suite_evaluation import SuiteEvaluation, open_suite, scores_or_problem
 from tnl.training.throughput import Throughput
 from tnl.training.timing import StepTimer, peak_memory
 from tnl.training.train_step import StepResult, TrainStep
@@ -106,6 +107,7 @@ def train(
     tokenizer = settings.output / TOKENIZER if resumes else None if base is None else base.folder
     data = task.open_data(settings, mesh, tokenizer)
     settings = data.resolved(settings)
+    suite = open_suite(settings)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -123,7 +125,7 @@ def train(
         ranks.raise_together(problem)
         try:
             with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
-                run = _Run(settings, task, data, base, record, ranks, mesh, console or Console(), stack)
+                run = _Run(settings, task, data, suite, base, record, ranks, mesh, console or Console(), stack)
                 return run.train(resume)
         except BaseException as error:
             if str(error) != ELSEWHERE:
@@ -146,6 +148,7 @@ class _Run:
     """A run whose folder is ours: from the choice of a checkpoint to the last step.
 
     Args:
+        suite: benchmarks to measure beside the held-out loss.
         base: the checkpoint that it begins from, where its weights are needed.
         record: what the run folder keeps of it; empty where there was none.
         stack: closes what the run opens.
@@ -156,6 +159,7 @@ class _Run:
         settings: RunSettings,
         task: Task,
         data: RunData,
+        suite: SuiteEvaluation | None,
         base: BaseCheckpoint | None,
         record: dict,
         ranks: Ranks,
@@ -164,7 +168,7 @@ class _Run:
         stack: contextlib.ExitStack,
     ):
         self.settings, self.task, self.data, self.ranks, self.mesh = settings, task, data, ranks, mesh
-        self.base, self.record, self.console, self.stack = base, record, console, stack
+        self.suite, self.base, self.record, self.console, self.stack = suite, base, record, console, stack
         self.identity = identity(settings, data, record.get("fingerprint"))
         self.store = CheckpointStore(settings.output / CHECKPOINTS)
         self.state = RunState()
@@ -297,6 +301,10 @@ class _Run:
             is_best = self.settings.evaluation.keep_best and state.step > 0 and state.is_best(found["loss"])
             if self.metrics:
                 self.metrics.evaluation({"step": state.step, "tokens": state.tokens, **found})
+        if self.suite is not None:
+            scores, problem = scores_or_problem(self.suite, self.engine)
+            if self.metrics:
+                self.metrics.scores({"step": state.step, "tokens": state.tokens, **scores}, problem)
         samples = self.data.samples(self.engine, self.settings, self.ranks)
         if self.metrics:
             self.metrics.samples(state.step, samples)
