@@ -44,6 +44,28 @@ def _mmlu(draw: random.Random, i: int) -> dict:
     return {"question": words(draw, 8), "choices": [words(draw, 2) for _ in range(4)], "answer": i % 4}
 
 
+def _siqa(draw: random.Random, i: int) -> dict:
+    answers = {f"answer{letter}": words(draw, 2) for letter in "ABC"}
+    return {"context": words(draw, 6), "question": words(draw, 4), **answers, "label": str(1 + i % 3)}
+
+
+def _winogrande(draw: random.Random, i: int) -> dict:
+    sentence = f"{words(draw, 4)} _ {words(draw, 3)}"
+    return {"sentence": sentence, "option1": "self", "option2": "state", "answer": str(1 + i % 2)}
+
+
+def _openbookqa(draw: random.Random, i: int) -> dict:
+    row = _arc(draw, i)
+    return {"id": row["id"], "question_stem": row["question"], "choices": row["choices"], "answerKey": row["answerKey"]}
+
+
+def _chinese(question: str, answer: str):
+    def row(draw: random.Random, i: int) -> dict:
+        return {question: words(draw, 5), **{letter: words(draw, 2) for letter in "ABCD"}, answer: "ABCD"[i % 4]}
+
+    return row
+
+
 def _text(key: str, count: int):
     return lambda draw, i: {key: words(draw, count)}
 
@@ -67,4 +89,34 @@ def write_tasks(folder: Path, names: tuple[str, ...] = tuple(TASKS)) -> Path:
         splits, row = TASKS[name]
         for split in splits:
             write_rows(folder / name / f"{split}.jsonl", [row(draw, i) for i in range(COUNT)])
+    return folder
+
+
+# How the tasks of the suite paper begin, their splits, and a row of them.
+PAPER = {
+    "boolq": TASKS["boolq"],
+    "piqa": TASKS["baber/piqa"],
+    "social_iqa": (("validation",), _siqa),
+    "hellaswag": TASKS["hellaswag"],
+    "winogrande": (("validation",), _winogrande),
+    "arc_easy": (("test",), _arc),
+    "arc_challenge": (("test",), _arc),
+    "openbookqa": (("test",), _openbookqa),
+    "mmlu": (("test", "dev"), _mmlu),
+    "cmmlu": (("test", "dev"), _chinese("Question", "Answer")),
+    "ceval-valid": (("val", "dev"), _chinese("question", "answer")),
+}
+
+
+def write_paper(folder: Path) -> Path:
+    """Write data of all tasks of the suite paper: one question each, and what stands before it."""
+    from tnl.evaluation.task_data import TaskData
+    from tnl.evaluation.task_library import TaskLibrary
+
+    draw, library = random.Random(1), TaskLibrary(TaskData(None))
+    for name, (splits, row) in PAPER.items():
+        for leaf in library.select(name).leaves:
+            for split in splits:
+                count = COUNT if split == "dev" else 1
+                write_rows(folder / leaf.name / f"{split}.jsonl", [row(draw, i) for i in range(count)])
     return folder

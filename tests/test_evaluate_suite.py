@@ -149,13 +149,14 @@ def test_missing_data_are_named_with_the_command_that_fetches_them(measured):
 
 
 def test_the_command_ends_with_a_code_that_says_that_data_are_missing(folder, tnl_command, tmp_path):
-    arguments = ["evaluate", folder / "model", "--tasks", "boolq,winogrande", "--data-dir", folder / "tasks"]
+    arguments = ["evaluate", folder / "model", "--tasks", "boolq,mmlu", "--data-dir", folder / "tasks"]
     code, out, err = tnl_command(*arguments, "--limit", "2", "--few-shot", "0", "--output", tmp_path)
     assert code == EXIT_DATA
     assert "error: 1 of 2 tasks were not measured" in err
     assert "the first 2 documents of each task" in out
-    (found,) = json.loads((tmp_path / "scores.json").read_text())["details"]
-    assert found["num_documents"] == 2
+    assert "of 1 of 57 tasks only" in out
+    found = json.loads((tmp_path / "scores.json").read_text())["details"]
+    assert [(score["task"], score["num_documents"]) for score in found] == [("boolq", 2), ("mmlu_anatomy", 2)]
 
 
 def test_a_limit_of_length_is_counted(folder, tnl_command, tmp_path):

@@ -1,10 +1,13 @@
 """Data of tasks come from a folder or the datasets cache, or are said to be missing; nothing else is read or run."""
 
 import datasets
+import evaluate
 import pytest
+from lm_eval.api.registry import get_metric
 
 from tests.task_files import COUNT, TASKS, write_rows, write_tasks
 from tnl.errors import DataError
+from tnl.evaluation.hub_programs import hub_programs
 from tnl.evaluation.quick_tasks import QUICK_TASKS
 from tnl.evaluation.task_data import MissingDataError, TaskData, without_network
 from tnl.evaluation.task_fetch import fetch
@@ -78,6 +81,17 @@ def test_code_beside_data_is_not_run(tmp_path):
     with pytest.raises(DataError):
         TaskData(None).read("boolq", str(tmp_path / "script"))
     assert not canary.exists()
+
+
+def test_a_metric_that_is_a_program_of_the_hub_is_not_run():
+    original, found = evaluate.load, []
+    # lm-eval logs what went wrong, and goes on without the metric.
+    with pytest.raises(DataError, match="its metric rouge is a program of the hub"), hub_programs(allowed=False):
+        found.append(get_metric("rouge", hf_evaluate_metric=True))
+    assert found == [None]
+    assert evaluate.load is original
+    with hub_programs(allowed=True):
+        assert evaluate.load is original
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def number(cell: Cell | None, digits: int) -> str:
     if cell is None:
         return "-"
     value = f"{cell.value:,.{digits}f}" if abs(cell.value) < 1e7 else f"{cell.value:.3g}"
-    error = "" if cell.stderr is None else f" +- {cell.stderr:.{digits}f}" if cell.stderr < 1e7 else ""
+    error = "" if cell.stderr is None or cell.stderr >= 1e7 else f" +- {cell.stderr:,.{digits}f}"
     return value + error
 
 

@@ -83,7 +83,7 @@ def evaluate_suite(
     suite = None if options.suite is None else load_suite(options.suite)
     wanted = wanted_tasks(suite, options)
     speed = speed_tables(list(options.bench))
-    library = TaskLibrary(TaskData(options.data_dir))
+    library = TaskLibrary(TaskData(options.data_dir), confirm_unsafe=options.confirm_unsafe)
     tasks = plan(library, wanted, confirm_unsafe=options.confirm_unsafe)
     if not tasks.tasks:
         raise DataError("nothing to measure:\n" + "\n".join(f"  {reason}" for reason in tasks.missing.values()))

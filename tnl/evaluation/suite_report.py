@@ -110,12 +110,12 @@ def assemble(
     limited = f", the first {settings['limit']} documents of each task" if "limit" in settings else ""
     source = f"tnl evaluate, lm-eval {versions['lm_eval']}{limited}"
     tables = []
+    sizes = {name: len(selection.leaves) for name, selection in tasks.selections.items()}
     if suite is not None:
-        sizes = {name: len(selection.leaves) for name, selection in tasks.selections.items()}
         tables.append(suite_table(suite, (about.label, about.size), source, measured.scores, sizes))
     else:
         wanted = [score for found in measured.scores.values() for score in found]
-        tables.append(scores_table("Scores", wanted, source, is_detail=False))
+        tables.append(scores_table("Scores", wanted, source, sizes=sizes))
     if measured.losses:
         tables.append(losses_table(measured.losses, source))
     tables += [*speed, scores_table("All metrics of all tasks", measured.details, source, is_detail=True)]

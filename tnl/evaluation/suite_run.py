@@ -14,9 +14,10 @@ from lm_eval.api.task import Task
 
 from tnl.errors import ConfigError, DataError
 from tnl.evaluation.harness_model import HarnessModel
+from tnl.evaluation.hub_programs import hub_programs
 from tnl.evaluation.request_tokens import RequestTokens
 from tnl.evaluation.suite_tables import find_metric
-from tnl.evaluation.task_data import MissingDataError
+from tnl.evaluation.task_data import MissingDataError, without_network
 from tnl.evaluation.task_library import Leaf, Selection, TaskLibrary, quiet_harness
 from tnl.evaluation.task_scores import Score, TextLoss, group_scores, task_scores, text_losses
 from tnl.files import write_atomically
@@ -135,7 +136,8 @@ def measure(
     torch.manual_seed(SEEDS["torch"])
     for task in tasks.tasks.values():
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-    with quiet_harness():
+    # Some tasks load their metric when they are scored.
+    with quiet_harness(), without_network(), hub_programs(allowed=confirm_unsafe):
         results = lm_eval.evaluate(
             model,
             {"tasks": dict(tasks.tasks)},

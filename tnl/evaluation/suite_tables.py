@@ -61,8 +61,12 @@ def _cell(task: SuiteTask, scores: list[Score], size: int) -> Cell:
     metric = find_metric(task.metric, [score.metric for score in scores], task.task)
     score = next(score for score in scores if score.metric == metric)
     scale = 100 if task.unit == "percent" else 1
-    note = f"of {score.num_parts} of {size} tasks only" if score.num_parts < size else ""
-    return Cell(scale * score.value, None if score.stderr is None else scale * score.stderr, note)
+    return Cell(scale * score.value, None if score.stderr is None else scale * score.stderr, _partial(score, size))
+
+
+def _partial(score: Score, size: int) -> str:
+    """What must be known of a group that was measured in part."""
+    return f"of {score.num_parts} of {size} tasks only" if score.num_parts < size else ""
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
@@ -87,13 +91,19 @@ def _errors(loss: TextLoss) -> list[float]:
     return [loss.stderr, loss.stderr / math.log(2), loss.stderr * loss.perplexity]
 
 
-def scores_table(title: str, scores: Sequence[Score], source: str, *, is_detail: bool) -> Table:
-    """Every metric as lm-eval gives it, one a row."""
+def scores_table(
+    title: str, scores: Sequence[Score], source: str, *, sizes: dict[str, int] | None = None, is_detail: bool = False
+) -> Table:
+    """Every metric as lm-eval gives it, one a row.
+
+    Args:
+        sizes: how many tasks each name stands for, where that is not one.
+    """
     heads = ("task", "metric", "examples", "documents", "version")
     rows = tuple(
         Row(
             (score.task, score.metric, str(score.num_fewshot), f"{score.num_documents:,}", score.version),
-            {"value": Cell(score.value, score.stderr)},
+            {"value": Cell(score.value, score.stderr, _partial(score, (sizes or {}).get(score.task, 1)))},
             OURS,
             source,
         )

@@ -111,11 +111,13 @@ class TaskData:
         found = _Splits(self.absent[task])
         for split, files in _split_files(folder).items():
             tables = [_table(file) for file in files]
+            digests = {str(file): sha256_of(file) for file in files}
+            self.sources[task] |= digests
             try:
-                found[split] = datasets.Dataset(pyarrow.concat_tables(tables))
+                # Given, so that `datasets` does not hash the rows as Python objects.
+                found[split] = datasets.Dataset(pyarrow.concat_tables(tables), fingerprint=digest_of(digests))
             except pyarrow.ArrowInvalid as error:
                 raise DataError(f"{files[0]}: does not fit {files[-1]}: {str(error).splitlines()[0]}") from None
-            self.sources[task] |= {str(file): sha256_of(file) for file in files}
         return found
 
 

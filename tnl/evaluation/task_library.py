@@ -13,9 +13,10 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from tnl.errors import ConfigError, DataError, UserError, did_you_mean
+from tnl.evaluation.hub_programs import hub_programs
 from tnl.evaluation.quick_tasks import QUICK_TASKS
 from tnl.evaluation.scrolls_tasks import SCROLLS_TASKS
-from tnl.evaluation.task_data import TaskData
+from tnl.evaluation.task_data import MissingDataError, TaskData
 from tnl.evaluation.text_tasks import TEXT_TASKS
 
 FOLDER = Path(harness_tasks.__file__).parent
@@ -54,8 +55,12 @@ class Selection:
 class TaskLibrary:
     """Finds tasks by name without reading the fourteen thousand files of lm-eval, which takes a quarter of a minute."""
 
-    def __init__(self, data: TaskData):
-        self.data = data
+    def __init__(self, data: TaskData, *, confirm_unsafe: bool = False):
+        """
+        Args:
+            confirm_unsafe: build tasks whose metric is a program of the hub.
+        """
+        self.data, self._confirm_unsafe = data, confirm_unsafe
         self._own = TaskManager(include_defaults=False)
         self._managers: list[TaskManager] = []
 
@@ -109,12 +114,16 @@ class TaskLibrary:
         """
         with self.data.served(leaf.name), quiet_harness():
             try:
-                manager = self._own if leaf.name in OWN_TASKS else self._manager(leaf.name)
-                (task,) = manager.load([self._spec(leaf)])["tasks"].values()
-                shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
-                num_examples = len(list(task.fewshot_docs() or [])) if shots else 0
-            except UserError:
+                with hub_programs(allowed=self._confirm_unsafe):
+                    manager = self._own if leaf.name in OWN_TASKS else self._manager(leaf.name)
+                    (task,) = manager.load([self._spec(leaf)])["tasks"].values()
+                    shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
+                    num_examples = len(list(task.fewshot_docs() or [])) if shots else 0
+            except MissingDataError:
                 raise
+            except UserError as error:
+                text = str(error)
+                raise DataError(text if leaf.name in text else f"{leaf.name}: {text}") from None
             # Whatever the functions of a task meet in rows that are not what they expect.
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
