@@ -172,6 +172,8 @@ def test_a_limit_of_length_is_counted(folder, tnl_command, tmp_path):
     [
         ([], "give --data for held-out loss, or --suite or --tasks for benchmarks"),
         (["--data", "d", "--suite", "quick"], "give --data for held-out loss, or --suite or --tasks"),
+        (["--data", "d", "--limit", "3", "--bench", "b"], "--limit, --bench: of no use with --data"),
+        (["--suite", "quick", "--window", "3"], "--window: of no use with --suite and --tasks"),
         (["--suite", "qick"], "--suite: no suite 'qick', did you mean quick?"),
         (["--suite", "quick", "--tasks", "copy"], "--tasks: quick has no task 'copy', did you mean tnl_copy?"),
         (["--tasks", "hellaswagg"], "no task 'hellaswagg', did you mean hellaswag?"),

@@ -49,7 +49,7 @@ class About:
 def about_model(name: str, model: HarnessModel) -> About:
     """What the report says of the model, after the evaluation."""
     return About(
-        label=Path(name).name,
+        label=Path(name).absolute().name,
         name=name,
         parameters=model.model.num_parameters(),
         dtype=str(model.model.dtype).removeprefix("torch."),

@@ -72,6 +72,13 @@ def evaluate(
     """
     if (data is None) == (suite is None and tasks is None):
         raise ConfigError("give --data for held-out loss, or --suite or --tasks for benchmarks")
+    for_data = {"--max-tokens": max_tokens, "--window": window, "--json": json_file}
+    for_suites = {"--data-dir": data_dir, "--limit": limit, "--few-shot": few_shot, "--max-length": max_length}
+    for_suites |= {"--output": output, "--bench": bench, "--confirm-unsafe": confirm_unsafe or None}
+    wrong = [name for name, value in (for_data if data is None else for_suites).items() if value is not None]
+    if wrong:
+        kind = "--suite and --tasks" if data is None else "--data"
+        raise ConfigError(f"{', '.join(wrong)}: of no use with {kind}; leave out")
     from tnl.training.export import resolve_model
 
     if data is not None:
@@ -87,7 +94,9 @@ def evaluate(
     options = SuiteOptions(
         suite=suite,
         tasks=names,
-        output=(output or Path("evaluation") / f"{Path(model).name}-{Path(suite or 'tasks').stem}").expanduser(),
+        output=(
+            output or Path("evaluation") / f"{Path(model).absolute().name}-{Path(suite or 'tasks').stem}"
+        ).expanduser(),
         data_dir=data_dir,
         limit=limit,
         confirm_unsafe=confirm_unsafe,
