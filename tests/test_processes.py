@@ -12,12 +12,16 @@ import yaml
 from tests.checkout import ROOT, python_path
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree, trajectory
+from tnl import config
 from tnl.training.commit import CheckpointStore
 from tnl.training.export import export_run
+from tnl.training.pretrain import pretrain
+from tnl.training.settings import PretrainSettings
 from tnl.training.status import read_status
 
 STEPS = 200
 STAGES = (0, 1, 2, 3)
+SUITE = "evaluation.suite=quick evaluation.limit=5 evaluation.every=6"
 
 
 def environment(**more) -> dict[str, str]:
@@ -79,6 +83,7 @@ def two_processes(folder):
     runs = [f"stage{s} train.zero_stage={s} train.micro_batch_size=1" for s in STAGES]
     segments = "train.segment_length=16 train.segment_gradient=exact"
     runs.append(f"segments train.zero_stage=3 train.micro_batch_size=1 {segments}")
+    runs.append(f"suite train.zero_stage=2 train.micro_batch_size=1 {SUITE}")
     worker = str(ROOT / "tests/train_worker.py")
     done = torchrun(worker, str(folder / "tiny.yaml"), str(folder), *" -- ".join(runs).split())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -97,6 +102,19 @@ def test_two_processes_by_exact_segments_equal_one_of_whole_windows(folder, one_
     found = rows(folder / "segments")
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in one_process], abs=1e-4)
     assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in one_process], rel=1e-4)
+
+
+def test_two_processes_share_the_benchmarks_of_a_run_and_have_the_scores_of_one(folder, two_processes):
+    assert trajectory(folder / "suite") == trajectory(folder / "stage2")
+    pretrain(config.load(PretrainSettings, folder / "tiny.yaml", [f"output={folder / 'one-suite'}", *SUITE.split()]))
+    expected, found = rows(folder / "one-suite", "scores"), rows(folder / "suite", "scores")
+    assert [row["step"] for row in found] == [6, 12]
+    for ours, alone in zip(found, expected, strict=True):
+        assert ours.keys() == alone.keys()
+        assert ours["Python byte ppl"] == pytest.approx(alone["Python byte ppl"], rel=1e-3)
+        assert [ours[name] for name in ("Copy", "Recall", "Next line")] == [
+            alone[name] for name in ("Copy", "Recall", "Next line")
+        ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
