@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tnl.errors import DataError, NonFiniteError
-from tnl.evaluation.suite_command import SuiteOptions, check_harness, load_suite, wanted_tasks
+from tnl.evaluation.harness_package import check_harness
+from tnl.evaluation.suite_command import SuiteOptions, load_suite, wanted_tasks
 from tnl.generation.load import load_tokenizer
 from tnl.training.run_folder import TOKENIZER
 from tnl.training.settings import RunSettings
