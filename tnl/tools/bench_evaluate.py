@@ -229,10 +229,11 @@ def line(row: dict) -> str:
     if row["problem"] is not None:
         return f"{row['part']}: {row['problem']}"
     if row["part"] == "document":
-        times = "" if row["times_short_peak"] is None else f", {row['times_short_peak']:.3f} x the peak memory"
+        times, short = row["times_short_peak"], f"of {row['short_tokens']:,} tokens"
+        memory = "" if times is None else f", peak memory {times:.3f} times that {short}"
         return (
             f"{row['part']}: {row['tokens']:,} tokens in {row['long_seconds']:.2f} s, {row['tokens_per_s']:,.0f} "
-            f"tokens/s{times} of {row['short_tokens']:,} tokens"
+            f"tokens/s{memory}"
         )
     answers = (
         f"{row['equal_answers']:.2%} equal answers, log-likelihoods at most {row['largest_difference']:.1e} nats apart"
