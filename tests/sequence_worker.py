@@ -7,7 +7,6 @@ run folders in FOLDER.
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.rank_worker import start_ranks
 from tests.tiny_model import random_ids, tiny_model
 from tests.tiny_run import trajectory
 from tnl import config
@@ -27,7 +27,6 @@ from tnl.training.pretrain import pretrain
 from tnl.training.settings import PretrainSettings
 from tnl.training.train_step import TrainStep
 
-WORLD = 4
 SIZES = (2, 4)
 LENGTH = 48
 NO_LRPE = {"linear_use_lrpe_list": [0, 0]}
@@ -186,9 +185,4 @@ def rank_main(rank: int, path: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.multiprocessing.start_processes(rank_main, tuple(sys.argv[1:]), nprocs=WORLD, start_method="fork")
+    start_ranks(rank_main, sys.argv[1:])

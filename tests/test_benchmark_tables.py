@@ -92,7 +92,8 @@ def test_a_training_table_says_what_a_step_was_and_shares_in_percent(tmp_path):
     columns = "columns=length,tnl_tgs:TNL,tnl_of_limit%:of_its_limit,times_fla:times_fla,llama_tgs:LLaMA"
     text = tables.table(f"train_1b of=table {columns}", tmp_path)
     assert text.startswith(
-        "Measured on NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, deepspeed 0.19.7, bf16, 131,072 tokens a step."
+        "Measured on NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, deepspeed 0.19.7, bf16, 131,072 tokens a step "
+        "or one sequence."
     )
     assert text.splitlines()[2] == "| length | TNL | of its limit | times fla | LLaMA |"
     assert text.splitlines()[4] == "| 16384 | 90000 | 81.2 % | 1.25 | OOM |"

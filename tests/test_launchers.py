@@ -7,18 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.checkout import ROOT, python_path
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree
 from tnl.training.commit import CheckpointStore
 from tnl.training.lock import RunLock
 from tnl.training.status import read_status, write_status
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -26,8 +25,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def environment(**more: str) -> dict[str, str]:
     """Of a launcher: this checkout and interpreter, one process, loopback."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    own = {"PYTHON": sys.executable, "PYTHONPATH": search, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHON": sys.executable, "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return kept | own | {"GPUS": "1"} | more
 
 

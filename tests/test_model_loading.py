@@ -4,19 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from tests.checkout import python_path
 from tests.closeness import assert_close
 from tests.reference_model import reference_slopes
 from tests.tiny_model import random_ids, tiny_config, tiny_model
 from tnl.model import TransnormerConfig, TransnormerForCausalLM, TransnormerModel
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADS, LAYERS = 4, 2
 LOW_RANK_GATE = dict(gate_dim=5)  # the token mixer of TransNormerLLM3
 
@@ -250,7 +249,7 @@ def deepspeed_routes(tmp_path_factory):
         "MASTER_PORT": "0",
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(),
     }
     process = subprocess.run(
         [sys.executable, "-c", DEEPSPEED_ROUTES, str(folder)], env=environment, capture_output=True, text=True

@@ -5,18 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.checkout import ROOT, python_path
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree, trajectory
 from tnl.training.commit import CheckpointStore
 from tnl.training.export import export_run
 from tnl.training.status import read_status
 
-ROOT = Path(__file__).parent.parent
 STEPS = 200
 STAGES = (0, 1, 2, 3)
 
@@ -28,8 +27,7 @@ def environment(**more) -> dict[str, str]:
         for k, v in os.environ.items()
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    paths = {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    paths = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return own | paths | more
 
 

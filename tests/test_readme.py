@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.checkout import ROOT, python_path
 from tests.released_layout import hub_cache, released_model, write_released
 from tnl.config import find_config
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -78,11 +78,10 @@ def run_as_it_stands(text: str, folder: Path) -> tuple[list[list[str]], str]:
                 commands.append(line.split())
                 program += [f"sys.argv = shlex.split({line!r})", "print('$', *sys.argv)"]
                 program.append("cli.app(standalone_mode=False)")
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)],
         cwd=folder,
-        env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": search},
+        env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()},
         input="Hello\n",
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ import torch
 from jinja2.exceptions import SecurityError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from tests.checkout import python_path
 from tests.released_layout import (
     AUTO_MAP,
     PLANTED,
@@ -30,7 +31,6 @@ from tnl.errors import EXIT_CHECKPOINT, EXIT_USAGE, ConfigError
 from tnl.generation.load import load_model
 from tnl.model import TransnormerConfig, TransnormerForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -99,8 +99,7 @@ def test_an_untied_head_is_loaded(tmp_path, ids):
 
 def run_program(program: str, *arguments: Path) -> str:
     """Standard output of a program in a process of its own, which finds the packages here."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=120
     )

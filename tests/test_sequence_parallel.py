@@ -1,17 +1,11 @@
 """Windows shared by several ranks: loss and gradients of one rank, traffic that does not grow, the same training."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
-from tests.sequence_worker import CASES, RUNS, SIZES, TRAFFIC_STARTS, WORLD
+from tests.rank_worker import WORLD, found_by_ranks, run_worker
+from tests.sequence_worker import CASES, RUNS, SIZES, TRAFFIC_STARTS
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_model import random_ids, tiny_config, tiny_model
 from tests.tiny_run import rows, tiny_run, tiny_tree
@@ -24,7 +18,6 @@ from tnl.training.engine import deepspeed_config
 from tnl.training.pretrain import pretrain
 from tnl.training.status import read_status
 
-ROOT = Path(__file__).parent.parent
 RELATIVE = 1e-5
 STEPS = 4
 
@@ -41,25 +34,13 @@ def folder(shards, tmp_path_factory):
     tree = tiny_tree(shards, folder / "run")
     tree["train"]["steps"] = STEPS
     tree["checkpoint"] = {"every": STEPS - 1}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/sequence_worker.py"), str(folder / "tiny.yaml"), str(folder)],
-        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (folder / "printed").write_text(done.stdout)
+    run_worker("sequence_worker.py", tree, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by_ranks(folder)
 
 
 @pytest.mark.parametrize("size", SIZES)

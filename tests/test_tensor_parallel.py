@@ -1,20 +1,14 @@
 """Blocks shared by several ranks: loss and gradients of one rank, the same training, one whole export, refusals."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tnl_kernels.naive import naive_gated_srmsnorm
 from tnl_kernels.split_norm import TORCH_PASSES, TRITON_PASSES, SplitGatedNorm
 
 from tests.closeness import assert_close
-from tests.tensor_worker import CASES, LENGTH, LOW_RANK, RUNS, SIZES, STILL, WORLD
+from tests.rank_worker import WORLD, found_by_ranks, run_worker
+from tests.tensor_worker import CASES, LENGTH, LOW_RANK, RUNS, SIZES, STILL
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_model import tiny_config, tiny_model
 from tests.tiny_run import rows, tiny_run, tiny_tree
@@ -27,7 +21,6 @@ from tnl.training.export import export_run
 from tnl.training.memory import memory_plan
 from tnl.training.pretrain import pretrain
 
-ROOT = Path(__file__).parent.parent
 RELATIVE = 1e-5
 RELATIVE_FP64 = 1e-10
 HEADS = "model.num_heads=4"
@@ -45,25 +38,13 @@ def folder(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tree = tiny_tree(shards, folder / "run")
     tree["train"]["steps"], tree["checkpoint"]["every"], tree["model"]["num_heads"] = STEPS, 3, 4
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tensor_worker.py"), str(folder / "tiny.yaml"), str(folder)],
-        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (folder / "printed").write_text(done.stdout)
+    run_worker("tensor_worker.py", tree, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by_ranks(folder)
 
 
 @pytest.mark.parametrize("size", SIZES)

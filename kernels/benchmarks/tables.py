@@ -93,7 +93,8 @@ def conditions(result: dict) -> str:
     if "engine" in result:
         found += [result["engine"], result["dtype"]]
     if "world_size" in result:
-        found.append(f"{result['tokens_per_step']:,} tokens a step")
+        is_longer = any(row["length"] > result["tokens_per_step"] for row in result["rows"])
+        found.append(f"{result['tokens_per_step']:,} tokens a step{' or one sequence' if is_longer else ''}")
     return ", ".join(found)
 
 
