@@ -14,6 +14,7 @@ import typer
 
 from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
 from tnl.tools.bench_commands import bench_app
+from tnl.tools.data_commands import Config, Overrides, data_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,17 +26,12 @@ app = typer.Typer(
     "70 internal error, 73 cannot write, 75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or "
     "incompatible, 78 run folder in use, 130 interrupted.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare training data, and look at it.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 # What a disk or its owner answers; anything else is a defect of ours.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
-Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one, such as pretrain/quickstart.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides, such as train.steps=100.", show_default=False)
-]
 Model = Annotated[str, typer.Argument(help="Run folder, model folder, or hub name.", metavar="MODEL_OR_RUN")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
@@ -50,61 +46,6 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         print(f"tnl {tnl.__version__}")
         raise typer.Exit()
-
-
-@data_app.command("prepare")
-def data_prepare(
-    config: Config,
-    overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="Replace shards that were prepared with other settings.")] = False,
-) -> None:
-    """Tokenize text into shards.
-
-    Examples:
-
-        tnl data prepare data/stdlib
-
-        tnl data prepare my.yaml source.path=~/texts output=data/mine
-    """
-    from tnl import config as configuration
-    from tnl.data.prepare import prepare
-    from tnl.data.settings import PrepareSettings
-
-    prepare(configuration.load(PrepareSettings, config, overrides), report=print, fresh=fresh)
-
-
-@data_app.command("verify")
-def data_verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
-    """Check that every byte of prepared shards is as it was written.
-
-    Example:
-
-        tnl data verify data/quickstart
-    """
-    from tnl.data.shards import verify
-
-    print(f"{folder}: {verify(folder.expanduser()):,} bytes verified")
-
-
-@data_app.command("inspect")
-def data_inspect(
-    config: Config,
-    overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(help="How many examples to show.", min=0)] = 3,
-) -> None:
-    """Show what fine-tuning would train on: template, tokens, which of them are learned, how sequences are filled.
-
-    Examples:
-
-        tnl data inspect finetune/quickstart
-
-        tnl data inspect my.yaml --examples 10 data.template=my.jinja
-    """
-    from tnl.tools.data_inspect import inspect_data
-    from tnl.training.finetune_settings import FinetuneSettings
-    from tnl.training.run_configuration import load_settings
-
-    inspect_data(load_settings(FinetuneSettings, config, overrides), examples)
 
 
 @app.command()
