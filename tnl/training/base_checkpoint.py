@@ -16,7 +16,7 @@ from tnl.model.modeling import TransnormerForCausalLM
 from tnl.model.settings import ModelSettings
 from tnl.model.weight_files import read_weights, weight_files
 from tnl.training.engine import Ranks
-from tnl.training.export import is_run_folder, resolve_model
+from tnl.training.export import is_run_folder, local_folder, resolve_model
 from tnl.training.run_configuration import model_differences
 from tnl.training.run_folder import run_config
 from tnl.training.settings import RunSettings
@@ -32,9 +32,13 @@ def base_config(name: str) -> TransnormerConfig:
     Raises:
         ConfigError: there is none, or it is of another kind of model.
     """
-    if not is_run_folder(Path(name)):
+    try:
+        folder = local_folder(name)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from None
+    if folder is None or not is_run_folder(folder):
         return load_config(name)
-    config = run_config(Path(name))
+    config = run_config(folder)
     if not isinstance(config, TransnormerConfig):
         raise ConfigError(f"init_from: {name}: a run of a {config.model_type}; give one of model.kind tnl")
     return config
