@@ -100,6 +100,8 @@ def test_a_tuned_model_generates_with_its_template(tuned, tmp_path):
     assert tokenizer.chat_template == REFERENCE_TEMPLATE
     assert (export / "tokenizer.model").exists()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    turns = [{"role": role, "content": "3"} for role in ("user", "assistant", "user")]
+    assert tokenizer.apply_chat_template(turns, return_dict=False).count(tokenizer.eos_token_id) == 1
     found = model.generate(ids, max_new_tokens=4, do_sample=False, suppress_tokens=None)[0, ids.shape[1] :].tolist()
     found = found[: found.index(2)] if 2 in found else found
     last = json.loads((tuned / "samples.jsonl").read_text().splitlines()[-1])
@@ -167,6 +169,8 @@ def test_the_commands(folder, tnl_command):
     assert re.search(r"begins from .*model \([0-9a-f]{12}\)", out)
     assert "3,712 parameters train, the others stay as they are" in out
     assert "'count from 3' -> " in out
+    first, *_, last = (row["loss"] for row in rows(output, "evaluation"))
+    assert f"held-out loss: {first:.4f} nats before training, {last:.4f} after it" in out
     code, out, err = tnl_command("export", output, folder / "merged", "--merge", "--step", "best")
     assert code == 0, err
     assert (folder / "merged/model.safetensors").exists()
@@ -176,6 +180,8 @@ def test_the_commands(folder, tnl_command):
     assert (code, "--step newest: give the step of a checkpoint, or best" in err) == (2, True)
     code, _, err = tnl_command("finetune", folder / "tune.yaml", "method.kind=lora", "method.rnk=4")
     assert (code, "method.rnk: unknown key, did you mean rank?" in err) == (2, True)
+    code, _, err = tnl_command("finetune", folder / "tune.yaml", "init_from=./nowhere")
+    assert (code, "init_from: ./nowhere: no such folder; give a run folder" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")

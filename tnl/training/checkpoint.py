@@ -30,7 +30,8 @@ class RunState:
     tokens: int = 0  # tokens consumed
     skipped_steps: int = 0  # left out because a gradient was not finite
     consecutive_skipped: int = 0
-    best_loss: float | None = None  # lowest held-out loss, in nats
+    first_loss: float | None = None  # held-out loss before the first step, in nats
+    best_loss: float | None = None  # lowest held-out loss after some step
     best_step: int | None = None  # where it was found
 
     def count(self, tokens: int, *, applied: bool) -> None:

@@ -112,6 +112,8 @@ def open_data(settings: FinetuneSettings, mesh: Mesh, folder: Path) -> FinetuneD
         tokenizer.chat_template = None
     data = open_instructions(settings.data, tokenizer, max_tokens=train.sequence_length, seed=settings.seed)
     tokenizer.chat_template = data.template.text
+    # Saved with it: an end token that the template writes behind an earlier answer is one token wherever it is applied.
+    tokenizer.split_special_tokens = False
     pad_id = tokenizer.pad_token_id or 0
     loader = InstructionLoader(
         data.train,

@@ -168,6 +168,7 @@ class _Run:
         self.identity = identity(settings, data, record.get("fingerprint"))
         self.store = CheckpointStore(settings.output / CHECKPOINTS)
         self.state = RunState()
+        self.heldout_loss: float | None = None  # as last measured
         self.metrics: MetricsWriter | None = None  # rank 0 has one
         self.stop = StopRequest(settings.output)
         stack.callback(self.stop.close)
@@ -267,8 +268,17 @@ class _Run:
                     self._record("preempted", exit_code=EXIT_PREEMPTED)
                 return "preempted"
         if self.metrics:
+            if None not in (state.first_loss, self.heldout_loss):
+                self._say_gain()
             self._record("finished", exit_code=0)
         return "finished"
+
+    def _say_gain(self) -> None:
+        state = self.state
+        text = f"held-out loss: {state.first_loss:.4f} nats before training, {self.heldout_loss:.4f} after it"
+        if state.best_step not in (None, state.step):
+            text += f"; lowest {state.best_loss:.4f} after step {state.best_step}, whose checkpoint is kept"
+        self.metrics.message(text)
 
     def _report(self, result: StepResult, lr: float, times: dict[str, float]) -> None:
         state = self.state
@@ -294,7 +304,11 @@ class _Run:
         state, is_best = self.state, False
         found = self.data.evaluate(self.engine, self.settings, self.ranks, self.mesh)
         if found is not None:
-            is_best = self.settings.evaluation.keep_best and state.step > 0 and state.is_best(found["loss"])
+            loss = self.heldout_loss = found["loss"]
+            if state.step == 0:
+                state.first_loss = finite_or_none(loss)
+            else:
+                is_best = self.settings.evaluation.keep_best and state.is_best(loss)
             if self.metrics:
                 self.metrics.evaluation({"step": state.step, "tokens": state.tokens, **found})
         samples = self.data.samples(self.engine, self.settings, self.ranks)
