@@ -179,11 +179,11 @@ def test_what_is_no_tnl_is_refused(folder, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="model_type 'llama', expected transnormer"):
         settings_from(folder, tmp_path / "llama", tmp_path / "run")
-    with pytest.raises(ConfigError, match="init_from: .*nothing: no such folder; give a run folder"):
+    with pytest.raises(ConfigError, match=r"init_from: .*nothing: no such folder; give a run folder"):
         settings_from(folder, tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.yaml").write_text("output: begun\n")
-    with pytest.raises(ConfigError, match="init_from: .*begun: a run without a checkpoint yet"):
+    with pytest.raises(ConfigError, match=r"init_from: .*begun: a run without a checkpoint yet"):
         settings_from(folder, tmp_path / "begun", tmp_path / "run")
 
 
