@@ -23,7 +23,8 @@ from tnl.training.run_configuration import load_settings
 
 LORA = "method={kind: lora, rank: 4}"
 # Runs of two ranks.
-DIVIDED_TUNING = {"stage 3": [LORA, "train.micro_batch_size=1", "train.zero_stage=3", "checkpoint.every=4"]}
+STAGE_3 = ["train.zero_stage=3", "train.activation_checkpointing=selective"]
+DIVIDED_TUNING = {"stage 3": [LORA, *STAGE_3, "train.micro_batch_size=1", "checkpoint.every=4"]}
 DIVIDED_PRETRAINING = {"tensor parallel": ["train.tensor_parallel=2"]}
 
 

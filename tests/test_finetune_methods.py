@@ -64,7 +64,9 @@ def tuned(base, tmp_path_factory):
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in CASES for stage in CASES[name][1]])
 def test_a_resumed_run_is_identical(base, tmp_path, name, stage):
     method, _ = CASES[name]
-    settings = tuning(base, tmp_path / "run", method, *of_stage(stage))
+    # What ZeRO-3 gathers in the first step after loading is not what it gathers in others.
+    selective = ["train.activation_checkpointing=selective"] if stage == 3 else []
+    settings = tuning(base, tmp_path / "run", method, *of_stage(stage), *selective)
     tune(settings)
     straight = trajectory(tmp_path / "run")
     assert [step for step, *_ in straight] == list(range(1, 7))

@@ -211,15 +211,25 @@ def build_model(
     return partitioned_model(make, dtype, deepspeed_config(settings, ranks.world_size), read)
 
 
+def _gather_whole_blocks(model: PreTrainedModel) -> None:
+    """At ZeRO-3 have the weights of a block gathered before it runs, and not inside, module by module: neither can that
+    be compiled, nor is it done twice alike, as selective checkpointing demands, which counts operators."""
+    deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.requires_grad:
+        # The weights of a block whose input needs no gradient are given away at the beginning of its backward pass.
+        embeddings.register_forward_hook(lambda module, args, x: x.requires_grad_(torch.is_grad_enabled()))
+
+
 def build_engine(
     settings: RunSettings, model: torch.nn.Module, ranks: Ranks, tensor: TensorGroups | None = None
 ) -> deepspeed.DeepSpeedEngine:
     """Move the model to its device and dtype, and hand it with its optimizer to DeepSpeed."""
     model.to(device=ranks.device, dtype=PRECISION[settings.train.precision])
     prepare_blocks(model, settings.train, ranks.device)
-    if settings.train.compile and settings.train.zero_stage == 3:
-        # The weights of a block are gathered before its compiled code and not inside, module by module.
-        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    selects = settings.train.activation_checkpointing.startswith("selective")
+    if settings.train.zero_stage == 3 and (settings.train.compile or selects):
+        _gather_whole_blocks(model)
     optimizer = build_optimizer(
         model,
         settings.optimizer,
