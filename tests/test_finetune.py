@@ -84,9 +84,10 @@ def test_a_run_learns_the_answers_and_reports_before_and_after(tuned):
     assert (effective["train"]["steps"], effective["schedule"]["warmup_steps"]) == (6, 1)
 
 
-def test_a_resumed_run_is_identical(folder, tuned):
+def test_a_resumed_run_is_identical(folder, tuned, capsys):
     straight, samples = trajectory(tuned), (tuned / "samples.jsonl").read_text()
     finetune(load_settings(FinetuneSettings, folder / "tune.yaml"), resume="4")
+    assert f"{rows(tuned, 'evaluation')[0]['loss']:.4f} nats before training" in capsys.readouterr().out
     assert trajectory(tuned) == straight
     assert (tuned / "samples.jsonl").read_text() == samples
 
