@@ -193,6 +193,8 @@ class _Run:
         # Before ZeRO-3 divides the adapters, too.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
+        # Dropout and noise are not the same on ranks that read other data; a checkpoint brings its own states.
+        torch.manual_seed(self.settings.seed + self.mesh.data_rank)
         if chosen is not None:
             self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks, is_whole=self.task.trains_all)
         self._write_folder(chosen)
