@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_folder import tiny_folder
+from tnl.data.chat_template import reference_prompt
 from tnl.errors import EXIT_CHECKPOINT, EXIT_USAGE, CheckpointError, ConfigError
 from tnl.generation import chat
-from tnl.generation.conversation import Conversation, plain_text
+from tnl.generation.conversation import Conversation
 from tnl.generation.generate import continue_text
 from tnl.generation.load import load_model
 from tnl.generation.options import GenerationOptions
@@ -92,10 +93,10 @@ def test_the_plain_form():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": " Because."},
+        {"role": "assistant", "content": "Because."},
         {"role": "user", "content": "So?"},
     ]
-    assert plain_text(messages) == "Be brief.\n\nUser: Why?\nAssistant: Because.\nUser: So?\nAssistant:"
+    assert reference_prompt(messages) == "Be brief.\nHuman:\nWhy?\nAssistant:\nBecause.\nHuman:\nSo?\nAssistant:\n"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -114,7 +115,7 @@ def test_an_end_of_text_ends_an_answer_and_is_read_where_the_template_has_it(kin
     assert "</s>" not in first
     following = flat(reads)[len(read) :]
     assert (following[0] == 2) == (kind == "template")
-    expected = {"plain": f"\nUser: {TURNS[1]}", "template": f"</s>\n<s>user\n{TURNS[1]}"}[kind]
+    expected = {"plain": f"\nHuman:\n{TURNS[1]}", "template": f"</s>\n<s>user\n{TURNS[1]}"}[kind]
     assert tokenizer.decode(following).startswith(expected)
     assert notes == []
 
@@ -123,13 +124,13 @@ def test_an_answer_in_the_plain_form_ends_where_the_user_speaks(loaded):
     model, tokenizer = loaded["plain"]
     notes = []
     free = Conversation(model, tokenizer, OPTIONS).ask(TURNS[0])
-    # In place of the next "User:", which random weights do not write.
+    # In place of the next "Human:", which random weights do not write.
     stop = free[len(free) // 2 :][:4]
     conversation = Conversation(model, tokenizer, GenerationOptions(7, 0, stop=(stop,)), report=notes.append)
     assert conversation.ask(TURNS[0]) == free[: free.index(stop)]
     assert conversation.unread == []
     # The state may have read a part of the stop text, no more.
-    assert (plain_text(conversation.messages[:1]) + free).startswith(conversation.read)
+    assert (reference_prompt(conversation.messages[:1]) + free).startswith(conversation.read)
 
 
 def test_a_template_that_changes_earlier_turns_is_read_again_openly(loaded, reads):

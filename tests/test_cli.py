@@ -14,6 +14,7 @@ import typer
 import tnl
 from tests.tiny_corpus import tiny_shards, tiny_texts
 from tnl import cli, config, errors
+from tnl.training.finetune_settings import FinetuneSettings
 from tnl.training.settings import PretrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,9 @@ def test_examples_are_commands(words, line):
         name = context.params["config"]
         name = "pretrain/quickstart" if name == "my.yaml" else name
         config.load(PretrainSettings, name, list(context.params["overrides"] or []))
+    if words == ("finetune",):
+        overrides, model = list(context.params["overrides"] or []), {"model": {"preset": "tnl-tiny"}}
+        config.load(FinetuneSettings, context.params["config"], overrides, model)
 
 
 def test_no_arguments_show_the_help(tnl_command):

@@ -15,13 +15,16 @@ from tnl.data.settings import PrepareSettings
 from tnl.errors import ConfigError
 from tnl.model.settings import ModelSettings
 from tnl.plain_yaml import read_yaml, read_yaml_text, write_yaml_text
+from tnl.training.finetune_settings import FinetuneSettings
 from tnl.training.settings import DERIVED_DEEPSPEED_KEYS, PASSED_DEEPSPEED_KEYS, PretrainSettings
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 EXAMPLE = str(Path(__file__).parent / "example_run.yaml")
 SHIPPED = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
-KINDS = {"pretrain": PretrainSettings, "data": PrepareSettings, "model": ModelSettings}
+KINDS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "data": PrepareSettings, "model": ModelSettings}
+# What the checkpoint brings that such a run begins from.
+FROM_CHECKPOINT = {"finetune": {"model": {"preset": "tnl-tiny"}}}
 
 
 def pretrain(*overrides: str) -> PretrainSettings:
@@ -51,8 +54,9 @@ def complete() -> dict:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_configuration_is_valid(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = KINDS[Path(name).parts[0]]
-    assert isinstance(config.load(settings, CONFIGS / name), settings)
+    kind = Path(name).parts[0]
+    settings = KINDS[kind]
+    assert isinstance(config.load(settings, CONFIGS / name, values=FROM_CHECKPOINT.get(kind)), settings)
     assert config.find_config(name.removesuffix(".yaml")) == CONFIGS / name
     assert config.find_config(f"configs/{name}") == CONFIGS / name
 

@@ -17,7 +17,7 @@ from tests.released_layout import VOCAB, Payload, released_config, released_mode
 from tests.tiny_model import random_ids
 from tnl import errors
 from tnl.files import sha256_of
-from tnl.tools import weight_files
+from tnl.model import weight_files
 from tnl.tools.convert import convert
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,6 @@
 """Every pretraining run that ships is one that loads, has a plan, fits the GPUs that it names, and builds."""
 
+import math
 import re
 from pathlib import Path
 
@@ -10,11 +11,17 @@ from tnl import config as configuration
 from tnl.model.kinds import model_class, model_config, num_parameters
 from tnl.model.settings import ModelSettings
 from tnl.tools.plan import figures
+from tnl.training.finetune_settings import FinetuneSettings
+from tnl.training.methods import check_method
+from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(file.stem for file in (CONFIGS / "pretrain").glob("*.yaml"))
 MODELS = sorted(file.stem for file in (CONFIGS / "model").glob("*.yaml"))
+# The shape of the model that each tuning run begins from.
+TUNED = {"alpaca-1b-full": "tnl-1b", "alpaca-1b-lora": "tnl-1b", "alpaca-7b-lora-zero3": "tnl-7b"}
+TUNED["quickstart"] = "tnl-tiny"
 LADDER = {"tnl-70m": 70e6, "tnl-160m": 160e6, "tnl-410m": 410e6, "tnl-1b": 1e9, "tnl-3b": 3e9, "tnl-7b": 7e9}
 
 
@@ -56,3 +63,25 @@ def test_the_scaling_law_recipe_takes_the_whole_ladder(name):
     assert found["time"]["tokens"] == pytest.approx(300e9, rel=1e-4)
     assert found["layout"]["tokens_per_step"] == 2**22
     assert found["memory"]["fits"] == {"80 GiB": True}
+
+
+@pytest.mark.parametrize(("name", "preset"), TUNED.items())
+def test_a_tuning_run_fits_the_model_that_it_begins_from(name, preset):
+    values = {"model": {"preset": preset}}
+    settings = configuration.load(FinetuneSettings, f"finetune/{name}", values=values)
+    check_method(settings.method, settings.model.to_config())
+    resolved = settings.resolved(steps_per_epoch=95.5)
+    assert resolved.train.steps == math.ceil(95.5 * settings.train.epochs)
+    assert resolved.schedule.warmup_steps == round(resolved.train.steps * 0.1)
+    rates = [learning_rate(resolved.schedule, 1.0, step, resolved.train.steps) for step in range(resolved.train.steps)]
+    middle = (resolved.schedule.warmup_steps + resolved.train.steps) // 2
+    assert rates[middle] == pytest.approx(0.5, abs=0.02)
+    assert rates[-1] < 1e-3
+
+
+def test_the_reference_tunes_with_these_hyperparameters():
+    values = {"model": {"preset": "tnl-1b"}}
+    found = configuration.load(FinetuneSettings, "finetune/alpaca-1b-full", values=values)
+    optimizer, schedule = found.optimizer, found.schedule
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-4, (0.9, 0.95), 0.1)
+    assert (schedule.name, schedule.warmup_ratio) == ("cosine", 0.1)

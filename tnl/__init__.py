@@ -12,7 +12,7 @@ import sys
 __version__ = "0.1.0"
 
 
-class _TransformersFinder(importlib.abc.MetaPathFinder):
+class TransformersFinder(importlib.abc.MetaPathFinder):
     """Registers the classes of `tnl.model` as soon as transformers has been imported.
 
     The registries of transformers take classes, not names, so registering imports torch. Doing that at once would make
@@ -40,7 +40,7 @@ class _TransformersFinder(importlib.abc.MetaPathFinder):
 if "transformers" in sys.modules:
     importlib.import_module("tnl.model")
 else:
-    sys.meta_path.insert(0, _TransformersFinder())
+    sys.meta_path.insert(0, TransformersFinder())
 
 
 _CLASSES = (

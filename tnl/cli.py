@@ -14,6 +14,7 @@ import typer
 
 from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
 from tnl.tools.bench_commands import bench_app
+from tnl.tools.data_commands import Config, Overrides, data_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,17 +26,12 @@ app = typer.Typer(
     "70 internal error, 73 cannot write, 75 stopped with a checkpoint saved, 76 diverged, 77 checkpoint damaged or "
     "incompatible, 78 run folder in use, 130 interrupted.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 # What a disk or its owner answers; anything else is a defect of ours.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
-Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one, such as pretrain/quickstart.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides, such as train.steps=100.", show_default=False)
-]
 Model = Annotated[str, typer.Argument(help="Run folder, model folder, or hub name.", metavar="MODEL_OR_RUN")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
@@ -50,40 +46,6 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         print(f"tnl {tnl.__version__}")
         raise typer.Exit()
-
-
-@data_app.command("prepare")
-def data_prepare(
-    config: Config,
-    overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="Replace shards that were prepared with other settings.")] = False,
-) -> None:
-    """Tokenize text into shards.
-
-    Examples:
-
-        tnl data prepare data/stdlib
-
-        tnl data prepare my.yaml source.path=~/texts output=data/mine
-    """
-    from tnl import config as configuration
-    from tnl.data.prepare import prepare
-    from tnl.data.settings import PrepareSettings
-
-    prepare(configuration.load(PrepareSettings, config, overrides), report=print, fresh=fresh)
-
-
-@data_app.command("verify")
-def data_verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
-    """Check that every byte of prepared shards is as it was written.
-
-    Example:
-
-        tnl data verify data/quickstart
-    """
-    from tnl.data.shards import verify
-
-    print(f"{folder}: {verify(folder.expanduser()):,} bytes verified")
 
 
 @app.command()
@@ -105,11 +67,40 @@ def pretrain(
 
         torchrun --standalone --nproc-per-node 2 -m tnl pretrain my.yaml train.zero_stage=2
     """
-    from tnl import config as configuration
+    from tnl.training.run_configuration import load_settings
     from tnl.training.settings import PretrainSettings
 
-    settings = configuration.load(PretrainSettings, config, overrides)
+    settings = load_settings(PretrainSettings, config, overrides)
     from tnl.training.pretrain import pretrain as run
+
+    if run(settings, resume=resume, fresh=fresh) == "preempted":
+        raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command()
+def finetune(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option(help="Begin anew; an existing run folder is moved aside.")] = False,
+) -> None:
+    """Tune a checkpoint on instructions, all of it or by LoRA; the same command goes on where it stopped.
+
+    Examples:
+
+        tnl finetune finetune/quickstart
+
+        tnl finetune finetune/alpaca-1b-lora init_from=runs/mine method.rank=32
+
+        torchrun --standalone --nproc-per-node 8 -m tnl finetune finetune/alpaca-7b-lora-zero3
+    """
+    from tnl.training.finetune_settings import FinetuneSettings
+    from tnl.training.run_configuration import load_settings
+
+    settings = load_settings(FinetuneSettings, config, overrides)
+    from tnl.training.finetune import finetune as run
 
     if run(settings, resume=resume, fresh=fresh) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
@@ -202,7 +193,7 @@ def chat(
 ) -> None:
     """Talk to a model, one line a turn. It keeps its state between turns and reads only what is new.
 
-    The tokenizer's chat template is used if it has one, otherwise lines that begin with "User:" and "Assistant:". The
+    The tokenizer's chat template is used if it has one, otherwise lines "Human:" and "Assistant:" before each turn. The
     commands /reset, /save FILE, /load FILE, /help and /exit are no turns. The interrupt key stops an answer.
 
     Examples:
@@ -223,19 +214,27 @@ def chat(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; default the newest.")] = None,
+    step: Annotated[
+        str | None, typer.Option(help="Which checkpoint: a step, or best, the lowest held-out loss; default newest.")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="Of a LoRA run: the adapter merged into the weights.")] = False,
 ) -> None:
-    """Write a transformers folder: safetensors, config, tokenizer.
+    """Write a transformers folder: safetensors, config, tokenizer; of a LoRA run the adapter, as peft saves it.
 
     Examples:
 
         tnl export runs/quickstart my-model
 
         tnl export runs/quickstart my-model --step 500
-    """
-    from tnl.training.export import export_run
 
-    print(f"wrote {export_run(run, folder, step)}")
+        tnl export runs/tuned my-model --merge --step best
+    """
+    from tnl.training.export import BEST, export_run
+
+    if step is not None and step != BEST and not step.isdigit():
+        raise UserError(f"--step {step}: give the step of a checkpoint, or best")
+    chosen = int(step) if step is not None and step.isdigit() else step
+    print(f"wrote {export_run(run, folder, chosen, merge=merge)}")
 
 
 @app.command()
@@ -364,10 +363,10 @@ def plan(
 
         tnl plan pretrain/tnl-7b train.activation_checkpointing=full --gpus 64 --mfu 0.45 --tokens 1.4T --json plan.json
     """
-    from tnl import config as configuration
+    from tnl.training.run_configuration import load_settings
     from tnl.training.settings import PretrainSettings
 
-    settings = configuration.load(PretrainSettings, config, overrides)
+    settings = load_settings(PretrainSettings, config, overrides)
     from tnl.tools.plan import plan as run
 
     run(settings, gpus=gpus, mfu=mfu, tokens=tokens, gpu_memory=gpu_memory, json_file=json_file)

@@ -207,23 +207,28 @@ def validate(model: type[SettingsT], tree: dict, source: str) -> SettingsT:
     return settings
 
 
-def load(
-    model: type[SettingsT], path: str | Path, overrides: list[str] | None = None, values: dict | None = None
-) -> SettingsT:
-    """Read, merge and validate a configuration file.
+def read(path: str | Path, overrides: list[str] | None = None, values: dict | None = None) -> tuple[dict, str]:
+    """Read and merge a configuration file: the tree to validate, and the name of its source.
 
     A ``model.preset`` key is replaced by the values of that file under ``configs/model``. ``values``, a tree as it
     would stand in a YAML file, goes over the file and under the overrides: a program need not write YAML.
 
     Raises:
-        ConfigError: see `find_config`, `read_yaml`, `parse_overrides`, `validate`.
+        ConfigError: see `find_config`, `read_yaml`, `parse_overrides`.
     """
     file = find_config(path)
     tree = merge(merge(read_yaml(file), values or {}), parse_overrides(overrides or []))
     section = tree.get("model")
     if isinstance(section, dict) and isinstance(section.get("preset"), str):
         tree["model"] = merge(_read_preset(section["preset"], str(file)), section)
-    return validate(model, tree, str(file))
+    return tree, str(file)
+
+
+def load(
+    model: type[SettingsT], path: str | Path, overrides: list[str] | None = None, values: dict | None = None
+) -> SettingsT:
+    """`read` and `validate`."""
+    return validate(model, *read(path, overrides, values))
 
 
 def dump(settings: Settings) -> str:

@@ -160,22 +160,9 @@ class TrainLoader:
 
     def steps(self, start_step: int, end_step: int) -> Iterator[list[dict[str, torch.Tensor | None]]]:
         """The micro-batches of each step in ``[start_step, end_step)``: one list per step."""
-        per_step = self.micro_batches_per_step
-        loader = DataLoader(
-            self._micro_batches,
-            sampler=range(start_step * per_step, end_step * per_step),
-            batch_size=None,
-            num_workers=self._num_workers,
-            worker_init_fn=_leave_signals_to_the_loop,
-            # The loader draws a seed for its workers; from here, it does not advance torch's global generator.
-            generator=torch.Generator(),
+        return iterate_steps(
+            self._micro_batches, start_step, end_step, self.micro_batches_per_step, num_workers=self._num_workers
         )
-        step = []
-        for micro_batch in loader:
-            step.append(micro_batch)
-            if len(step) == per_step:
-                yield step
-                step = []
 
     def windows_consumed(self, start_step: int, end_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What all ranks together consume in steps ``[start_step, end_step)``, in order: one window at a time.
@@ -184,6 +171,27 @@ class TrainLoader:
         """
         for sample in range(start_step * self._global_batch, end_step * self._global_batch):
             yield self._windows.tokens(sample), self._windows.document_starts(sample)
+
+
+def iterate_steps(
+    micro_batches: Dataset, start_step: int, end_step: int, per_step: int, *, num_workers: int
+) -> Iterator[list[dict[str, torch.Tensor | None]]]:
+    """The micro-batches of each step in ``[start_step, end_step)``, of which ``micro_batches[m]`` gives number m."""
+    loader = DataLoader(
+        micro_batches,
+        sampler=range(start_step * per_step, end_step * per_step),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_loop,
+        # The loader draws a seed for its workers; from here, it does not advance torch's global generator.
+        generator=torch.Generator(),
+    )
+    step = []
+    for micro_batch in loader:
+        step.append(micro_batch)
+        if len(step) == per_step:
+            yield step
+            step = []
 
 
 def num_labelled(micro_batch: dict[str, torch.Tensor | None]) -> int:

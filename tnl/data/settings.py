@@ -1,7 +1,7 @@
 """Settings of data preparation (`tnl data prepare`) and of the training data section."""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,17 +18,27 @@ def _user_path(path: str) -> str:
 UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
-class UserSource(Settings):
+class RecordSource(Settings):
     """What every source of the user's own data shares.
 
     ``on_bad: skip`` counts malformed records and goes on, until more than ``max_bad_fraction`` of all records are bad.
-    ``max_bytes`` keeps about that much UTF-8 text, chosen by content hash and not by position.
     """
+
+    section: ClassVar[str] = "source"  # where the section stands in a configuration, and what else sets on_bad
+    skip_hint: ClassVar[str] = ""
 
     on_bad: Literal["error", "skip"] = "error"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_bytes: Annotated[int, Field(gt=0)] | None = None
     max_document_bytes: Annotated[int, Field(gt=0)] = 2**26
+
+
+class UserSource(RecordSource):
+    """The user's own text. ``max_bytes`` keeps about that much of it in UTF-8, chosen by content hash and not by
+    position."""
+
+    skip_hint: ClassVar[str] = " (of tnl quickstart: --on-bad skip)"
+
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
 
 
 class TextSource(UserSource):
@@ -108,4 +118,65 @@ class DataSettings(Settings):
 
     shards: UserPath
     packing: bool = True
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class InstructionSource(RecordSource):
+    """What every source of the user's own instruction data shares.
+
+    ``columns`` maps a field of the format to the name it has in the data (``instruction: question``). Records with the
+    same value of ``id_field`` are bad; null switches that off.
+    """
+
+    section: ClassVar[str] = "data.source"
+
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
+    columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    id_field: str | None = "id"
+
+
+class JsonInstructions(InstructionSource):
+    """A file, or all ``*.json`` and ``*.jsonl`` files below a folder: an array of records, or one record a line."""
+
+    kind: Literal["json"]
+    path: UserPath
+
+
+class DatasetInstructions(InstructionSource):
+    """A dataset of the Hugging Face hub, or a local folder that the `datasets` library reads."""
+
+    kind: Literal["dataset"]
+    path: UserPath
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+
+
+class StdlibInstructions(Settings):
+    """Signatures to write from docstrings, made of this Python's standard library; ``max_examples`` are drawn."""
+
+    kind: Literal["stdlib"]
+    max_examples: Annotated[int, Field(gt=0)] | None = None
+
+
+Instructions = Annotated[JsonInstructions | DatasetInstructions | StdlibInstructions, Field(discriminator="kind")]
+
+
+class FinetuneDataSettings(Settings):
+    """The ``data`` section of a fine-tuning run.
+
+    - ``template``: ``reference`` (Human and Assistant lines), ``verbatim`` (nothing but the texts), a Jinja file, or
+      ``auto``: the tokenizer's own if it has one, otherwise ``reference``.
+    - ``system``: stands before every conversation.
+    - ``too_long``: an example beyond train.sequence_length loses its end, or is left out.
+    - ``batching``: ``packed`` sequences are full of whole examples, and state and prediction restart at each;
+      ``grouped`` pads examples of like lengths to the longest of a batch, ``padded`` those of random lengths.
+    """
+
+    source: Instructions
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    template: UserPath = "auto"
+    system: str | None = None
+    too_long: Literal["truncate", "drop"] = "truncate"
+    batching: Literal["packed", "grouped", "padded"] = "packed"
     num_workers: Annotated[int, Field(ge=0)] = 0

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from tnl.data.chat_template import reference_prompt
 from tnl.errors import CheckpointError, ConfigError
 from tnl.generation.generate import UNREAD, continue_text, load_state
 from tnl.generation.options import GenerationOptions, check_text
@@ -14,30 +15,14 @@ from tnl.model.state import TransnormerState
 # Key of a saved state's notes: the conversation, as JSON.
 CHAT = "chat"
 # Where a model without a chat template begins to write the user's next line.
-PLAIN_STOP = "\nUser:"
-
-
-def plain_text(messages: list[dict[str, str]]) -> str:
-    """The conversation for a model without a chat template, up to where it answers.
-
-    ::
-
-        the system message, and an empty line
-
-        User: first question
-        Assistant: first answer
-        User: second question
-        Assistant:
-    """
-    forms = {"system": "{}\n\n", "user": "User: {}\n", "assistant": "Assistant:{}\n"}
-    return "".join(forms[m["role"]].format(m["content"]) for m in messages) + "Assistant:"
+PLAIN_STOP = "\nHuman:"
 
 
 class Conversation:
     """Turns of a user and the model.
 
     The text of the whole conversation is rendered for each turn, by the tokenizer's chat template (in transformers'
-    sandbox) or by `plain_text`. The model reads only what that adds to the text that its state has read. Where a
+    sandbox) or by `reference_prompt`. The model reads only what that adds to the text that its state has read. Where a
     template changes earlier turns, so that it adds to no text, the conversation is read again from the beginning, and
     ``report`` is told.
 
@@ -139,7 +124,7 @@ class Conversation:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if not self.has_template:
-            return plain_text(messages)
+            return reference_prompt(messages)
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # A template is a program of others, and may fail in every way that an expression can.

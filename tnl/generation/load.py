@@ -5,6 +5,37 @@ import torch
 from tnl.errors import ConfigError
 
 
+def load_config(name: str):
+    """The `TransnormerConfig` of a model folder or hub name.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is that of another kind of model.
+    """
+    from transformers import AutoConfig
+
+    from tnl.model import TransnormerConfig
+
+    config = _load(AutoConfig, name, "config.json")
+    if not isinstance(config, TransnormerConfig):
+        raise _no_tnl(name, config)
+    return config
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model folder or hub name; code that a folder brings is never run.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, name, "the tokenizer")
+
+
+def _no_tnl(name: str, config) -> ConfigError:
+    return ConfigError(f"{name}: model_type {config.model_type!r}, expected transnormer")
+
+
 def load_model(name: str, *, dtype: torch.dtype | None = None, llama: type | None = None):
     """Model in evaluation mode on the GPU if there is one, and its tokenizer; code that a folder brings is never run.
 
@@ -16,7 +47,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, llama: type | Non
     Raises:
         ConfigError: it cannot be loaded, or is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     from transformers.utils.logging import disable_progress_bar
 
     from tnl.model import TransnormerConfig
@@ -28,8 +59,8 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, llama: type | Non
     elif isinstance(config, TransnormerConfig):
         model = _load(AutoModelForCausalLM, name, "the weights", dtype=dtype or "auto")
     else:
-        raise ConfigError(f"{name}: model_type {config.model_type!r}, expected transnormer")
-    tokenizer = _load(AutoTokenizer, name, "the tokenizer")
+        raise _no_tnl(name, config)
+    tokenizer = load_tokenizer(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 

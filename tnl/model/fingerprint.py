@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from collections.abc import Iterable
 
 import torch
 
@@ -18,16 +19,21 @@ def architecture(config: TransnormerConfig) -> dict:
     return {key: getattr(config, key) for key in sorted(keys)}
 
 
-@torch.no_grad()
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over the names of the parameters and `SAMPLES` values of each, rounded to bf16.
+    """`tensors_digest` of the parameters of a model."""
+    return tensors_digest(model.named_parameters())
+
+
+@torch.no_grad()
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over the names of tensors and `SAMPLES` values of each, rounded to bf16.
 
     It costs milliseconds for any size, and the fp32 and the bf16 copy of a checkpoint have the same. Quantised
-    parameters and those that are not in memory are left out.
+    tensors and those that are not in memory are left out.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        data = parameter.data
+    for name, tensor in sorted(tensors):
+        data = tensor.detach()
         if data.is_meta or not data.is_floating_point() or type(data) is not torch.Tensor:
             continue
         values = data.flatten()[:: max(1, data.numel() // SAMPLES)][:SAMPLES].bfloat16().cpu()

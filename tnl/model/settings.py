@@ -71,3 +71,22 @@ class ModelSettings(Settings):
             init_std=self.init_std,
         )
         return TransnormerConfig(**(values | overrides))
+
+    @classmethod
+    def describing(cls, config) -> "ModelSettings":
+        """The settings of the `TransnormerConfig` of a checkpoint: what `to_config` makes one of that size from."""
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.decoder_embed_dim,
+            num_layers=config.decoder_layers,
+            num_heads=config.decoder_attention_heads,
+            glu_dim=config.glu_dim,
+            lrpe_layers=tuple(i for i in range(config.decoder_layers) if config.uses_lrpe(i)),
+            decay=config.decay,
+            activation="none" if config.linear_act_fun == "none" else "silu",
+            gate_dim=config.gate_dim,
+            mixer_norm=config.mixer_norm_type,
+            scale_embedding=not config.no_scale_embedding,
+            tie_embeddings=config.tie_word_embeddings,
+            init_std=config.init_std or cls.model_fields["init_std"].default,
+        )

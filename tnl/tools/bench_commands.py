@@ -140,3 +140,52 @@ def bench_train(
         json_file=json_file,
         report=lambda text: print(text, flush=True),
     )
+
+
+@bench_app.command("finetune")
+def bench_finetune(
+    model: BenchModel = "tnl-1b",
+    overrides: BenchOverrides = None,
+    lora_model: Annotated[str, typer.Option(help="The model of the LoRA part.")] = "tnl-7b",
+    only: Annotated[Literal["packing", "lora"] | None, typer.Option(help="Leave the other part out.")] = None,
+    pass_tokens: Annotated[
+        int, typer.Option(help="Tokens of a forward pass of the packing part, padding included.", min=2)
+    ] = 16384,
+    passes: Annotated[int, typer.Option(help="Forward passes of an optimizer step.", min=1)] = 8,
+    lora_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass of the LoRA part.", min=2)] = 2048,
+    bits: Annotated[str, typer.Option(help="Of LoRA's frozen weights; 4 needs torchao.")] = "4,16",
+    examples: Annotated[int, typer.Option(help="How many examples are made.", min=1)] = 52002,
+    steps: Annotated[int, typer.Option(help="Steps that are timed; the median counts.", min=1)] = 3,
+    json_file: BenchJson = None,
+) -> None:
+    """Fine-tuning: real tokens/s of packed against padded examples of Alpaca's lengths, and LoRA's peak memory.
+
+    The first part trains all weights of MODEL, the second LoRA on those of --lora-model with every block computed
+    again. Overrides are keys of a run, for both parts.
+
+    Examples:
+
+        tnl bench finetune tnl-1b --lora-model tnl-7b --json finetune.json
+
+        tnl bench finetune --only lora --lora-model tnl-1b --bits 4
+
+        tnl bench finetune tnl-1b train.activation_checkpointing=selective --only packing
+    """
+    base_bits = _numbers("--bits", bits, 4)
+    from tnl.tools.bench_finetune import PARTS
+    from tnl.tools.bench_finetune import bench_finetune as run
+
+    run(
+        model,
+        lora_name=lora_model,
+        parts=[only] if only else list(PARTS),
+        pass_tokens=pass_tokens,
+        passes=passes,
+        lora_tokens=lora_tokens,
+        base_bits=base_bits,
+        num_examples=examples,
+        steps=steps,
+        overrides=overrides or [],
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )

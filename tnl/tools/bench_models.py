@@ -82,6 +82,11 @@ def peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had too little memory. cuBLAS asks for its workspace itself, and says so in its own words."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
 def start_peak(device: torch.device) -> None:
     """Forget the peak so far, and give unused memory back."""
     if device.type == "cuda":

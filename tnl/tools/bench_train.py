@@ -24,7 +24,7 @@ from tnl.model.sequence_parallel import SequenceShard
 from tnl.model.settings import ModelSettings
 from tnl.tools import bench_fla
 from tnl.tools.bench_engines import EngineName, Place, build, default_engine, engine_version, join, sequence_group
-from tnl.tools.bench_models import described, numbers, peak_gib, seconds, start_peak
+from tnl.tools.bench_models import described, is_out_of_memory, numbers, peak_gib, seconds, start_peak
 from tnl.tools.gemm_limit import GemmLimit, gemm_limit
 from tnl.training.gradient_reduction import GradientReduction
 from tnl.training.hardware import peak_flops
@@ -244,8 +244,7 @@ def measure(
                 dist.all_reduce(loss)
             loss = loss.item()
     except RuntimeError as error:
-        # cuBLAS asks for its workspace itself, and says so in its own words.
-        if not isinstance(error, torch.OutOfMemoryError) and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         row["oom"] = True
     else:

@@ -12,7 +12,7 @@ from tnl.errors import CheckpointError, ConfigError, DataError
 from tnl.files import new_folder, sha256_of
 from tnl.model import TransnormerConfig, TransnormerForCausalLM
 from tnl.model.loading import is_finite, stays_in_folder
-from tnl.tools.weight_files import read_weights, weight_files, write_pickle, write_safetensors
+from tnl.model.weight_files import read_weights, weight_files, write_pickle, write_safetensors
 
 _SHARD_SIZE = re.compile(r"[1-9]\d*[KMGT]B", re.ASCII | re.IGNORECASE)
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")

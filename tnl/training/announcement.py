@@ -10,11 +10,11 @@ from tnl.model.tensor_parallel import reduced_bytes, sliced_config
 from tnl.training.engine import Ranks
 from tnl.training.memory import DTYPES
 from tnl.training.mesh import Mesh
-from tnl.training.settings import PretrainSettings
+from tnl.training.settings import RunSettings
 
 
 def announce(
-    settings: PretrainSettings,
+    settings: RunSettings,
     network,
     ranks: Ranks,
     mesh: Mesh,

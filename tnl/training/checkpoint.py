@@ -1,6 +1,7 @@
 """Saving and loading a DeepSpeed engine through the commit protocol, on all ranks together."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ class RunState:
     tokens: int = 0  # tokens consumed
     skipped_steps: int = 0  # left out because a gradient was not finite
     consecutive_skipped: int = 0
+    first_loss: float | None = None  # held-out loss before the first step, in nats
+    best_loss: float | None = None  # lowest held-out loss after some step
+    best_step: int | None = None  # where it was found
 
     def count(self, tokens: int, *, applied: bool) -> None:
         """A step of ``tokens`` is done, and was ``applied`` or left out."""
@@ -36,6 +40,13 @@ class RunState:
         self.tokens += tokens
         self.skipped_steps += not applied
         self.consecutive_skipped = 0 if applied else self.consecutive_skipped + 1
+
+    def is_best(self, loss: float) -> bool:
+        """Note a held-out loss of the present step; whether it is the lowest."""
+        found = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if found:
+            self.best_loss, self.best_step = loss, self.step
+        return found
 
 
 def safe_globals() -> list:
@@ -108,7 +119,15 @@ def _set_random_state(tensors: dict[str, torch.Tensor], other: dict) -> None:
 
 
 def save_checkpoint(
-    engine, store: CheckpointStore, state: RunState, ranks: Ranks, fields: dict, keep: int, warn: Callable[[str], None]
+    engine,
+    store: CheckpointStore,
+    state: RunState,
+    ranks: Ranks,
+    fields: dict,
+    keep: int,
+    warn: Callable[[str], None],
+    *,
+    is_whole: bool = True,
 ) -> Path:
     """Save on all ranks and commit on rank 0; every rank returns, or every rank raises.
 
@@ -116,6 +135,7 @@ def save_checkpoint(
         fields: further JSON values for the manifest.
         keep: newest checkpoints to keep.
         warn: told when an old checkpoint could not be removed.
+        is_whole: save the parameters that do not train, too.
 
     Raises:
         CannotWriteError: some rank could not write; earlier checkpoints are untouched.
@@ -132,7 +152,9 @@ def save_checkpoint(
     engine.checkpoint_engine = files
     try:
         try:
-            engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False)
+            engine.save_checkpoint(
+                str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=not is_whole
+            )
             if files.error is None:
                 _write_rank_files(temporary, files.records, ranks)
         except OSError as error:
@@ -150,7 +172,7 @@ def save_checkpoint(
             store.abandon(state.step)
     if ranks.is_main:
         try:
-            store.prune(keep)
+            store.prune(keep, spared=state.best_step)
         except OSError as error:
             warn(f"{error.filename or store.root}: an old checkpoint could not be removed ({error.strerror})")
     return store.path(state.step)
@@ -218,8 +240,11 @@ def named_step(store: CheckpointStore, resume: str) -> int:
     return int(digits)
 
 
-def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> RunState:
+def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks, *, is_whole: bool = True) -> RunState:
     """Load engine and random states of a verified checkpoint; returns the loop's state.
+
+    Args:
+        is_whole: whether it holds the parameters that do not train.
 
     Raises:
         CheckpointError: saved by another number of processes, or a file differs from the manifest.
@@ -233,7 +258,9 @@ def load_checkpoint(engine, store: CheckpointStore, step: int, ranks: Ranks) -> 
             "export the run and begin a new one from it"
         )
     engine.checkpoint_engine = CommittedFiles(folder, manifest["files"])
-    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
+    loaded, _ = engine.load_checkpoint(
+        str(folder), tag=ENGINE_TAG, load_lr_scheduler_states=False, load_module_strict=is_whole
+    )
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed found no engine state in it")
     tensors = load_file(str(folder / f"random_{ranks.rank:05d}.safetensors"))

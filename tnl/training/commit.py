@@ -263,9 +263,12 @@ class CheckpointStore:
             )
         return None
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints, each made invalid before its files go."""
+    def prune(self, keep: int, spared: int | None = None) -> None:
+        """Delete all but the newest ``keep`` checkpoints and that of step ``spared``, each made invalid before its
+        files go."""
         for step in self.steps()[:-keep]:
+            if step == spared:
+                continue
             folder = self.path(step)
             (folder / MANIFEST).unlink()
             fsync_folder(folder)

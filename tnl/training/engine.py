@@ -15,10 +15,10 @@ from tnl.training.batch_split import passes_per_step
 from tnl.training.blocks import prepare_blocks
 from tnl.training.deepspeed_import import deepspeed
 from tnl.training.gradient_reduction import passes_of_engine
-from tnl.training.initialization import partitioned_model, sliced_model
+from tnl.training.initialization import Read, partitioned_model, read_model, sliced_model
 from tnl.training.memory import PREFETCH_BUCKET, REDUCE_BUCKET, overlaps
 from tnl.training.optimizer import build_optimizer
-from tnl.training.settings import PretrainSettings, TrainSettings
+from tnl.training.settings import RunSettings, TrainSettings
 from tnl.training.tensor_groups import TensorGroups
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -94,7 +94,7 @@ def init_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict:
+def deepspeed_config(settings: RunSettings, world_size: int) -> dict:
     """The whole DeepSpeed configuration; nothing that training depends on is left to DeepSpeed's defaults.
 
     Raises:
@@ -195,27 +195,41 @@ def _check_zero_keys(zero: dict) -> None:
 
 
 def build_model(
-    make: Callable[[], PreTrainedModel], settings: PretrainSettings, ranks: Ranks, tensor: TensorGroups | None = None
+    make: Callable[[], PreTrainedModel],
+    settings: RunSettings,
+    ranks: Ranks,
+    tensor: TensorGroups | None = None,
+    read: Read | None = None,
 ) -> PreTrainedModel:
-    """``make()``; at ZeRO-3, or this rank's part of it under tensor parallelism, with the same weights, but never as a
-    whole on one rank."""
+    """``make()``, with the weights of a checkpoint where ``read`` gives them; at ZeRO-3, or this rank's part of it
+    under tensor parallelism, with the same weights, but never as a whole on one rank."""
     if tensor is not None:
-        return sliced_model(make, tensor.group)
-    if settings.train.zero_stage < 3:
-        return make()
+        return sliced_model(make, tensor.group, read)
     dtype = PRECISION[settings.train.precision]
-    return partitioned_model(make, dtype, deepspeed_config(settings, ranks.world_size))
+    if settings.train.zero_stage < 3:
+        return make() if read is None else read_model(make, dtype, read)
+    return partitioned_model(make, dtype, deepspeed_config(settings, ranks.world_size), read)
+
+
+def _gather_whole_blocks(model: PreTrainedModel) -> None:
+    """At ZeRO-3 have the weights of a block gathered before it runs, and not inside, module by module: neither can that
+    be compiled, nor is it done twice alike, as selective checkpointing demands, which counts operators."""
+    deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.requires_grad:
+        # The weights of a block whose input needs no gradient are given away at the beginning of its backward pass.
+        embeddings.register_forward_hook(lambda module, args, x: x.requires_grad_(torch.is_grad_enabled()))
 
 
 def build_engine(
-    settings: PretrainSettings, model: torch.nn.Module, ranks: Ranks, tensor: TensorGroups | None = None
+    settings: RunSettings, model: torch.nn.Module, ranks: Ranks, tensor: TensorGroups | None = None
 ) -> deepspeed.DeepSpeedEngine:
     """Move the model to its device and dtype, and hand it with its optimizer to DeepSpeed."""
     model.to(device=ranks.device, dtype=PRECISION[settings.train.precision])
     prepare_blocks(model, settings.train, ranks.device)
-    if settings.train.compile and settings.train.zero_stage == 3:
-        # The weights of a block are gathered before its compiled code and not inside, module by module.
-        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    selects = settings.train.activation_checkpointing.startswith("selective")
+    if settings.train.zero_stage == 3 and (settings.train.compile or selects):
+        _gather_whole_blocks(model)
     optimizer = build_optimizer(
         model,
         settings.optimizer,

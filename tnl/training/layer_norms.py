@@ -16,7 +16,7 @@ def gradient_norms(model: nn.Module, tensor: TensorGroups | None = None, *, loss
     """
     squares = []
     for layer in model.model.layers:
-        gradients = ((p, deepspeed.utils.safe_get_full_grad(p)) for p in layer.parameters())
+        gradients = ((p, deepspeed.utils.safe_get_full_grad(p)) for p in layer.parameters() if p.requires_grad)
         known = [(p, g) for p, g in gradients if g is not None]
         if tensor is None:
             squares.append(sum(g.double().square().sum() for _, g in known))

@@ -22,7 +22,7 @@ from tnl.model.kinds import model_config, num_parameters
 from tnl.model.state import state_bytes
 from tnl.model.tensor_parallel import sliced_config
 from tnl.training.batch_split import passes_per_step
-from tnl.training.settings import PretrainSettings, TrainSettings
+from tnl.training.settings import RunSettings, TrainSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP32_BYTES = 4
@@ -119,7 +119,7 @@ def _offloaded(
 
 
 def _activations(
-    settings: PretrainSettings, config: TransnormerConfig, tokens: int, dtype: torch.dtype
+    settings: RunSettings, config: TransnormerConfig, tokens: int, dtype: torch.dtype
 ) -> tuple[list[BlockMemory], list[int], HeadMemory]:
     """What each block holds, what it keeps between the passes as it is configured, and the head.
 
@@ -139,7 +139,7 @@ def _activations(
     return blocks, kept, head_memory(config, tokens, dtype)
 
 
-def memory_plan(settings: PretrainSettings, world_size: int) -> MemoryPlan:
+def memory_plan(settings: RunSettings, world_size: int) -> MemoryPlan:
     """What one of ``world_size`` GPUs holds, moment by moment.
 
     Raises:

@@ -17,6 +17,7 @@ from tnl.files import write_atomically
 from tnl.training.settings import LoggingSettings
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 WANDB_ID = "wandb_id"
 
 
@@ -61,6 +62,8 @@ class MetricsWriter:
         console: Console,
     ):
         trim(folder / FILE, first_step)
+        trim(folder / SAMPLES, first_step)
+        self._samples = folder / SAMPLES
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._settings, self._total, self._console = settings, total_steps, console
         self._recent: deque[float] = deque(maxlen=50)
@@ -106,9 +109,21 @@ class MetricsWriter:
         """Record norms of the blocks."""
         self._write({"kind": "layers", "time": time.time(), **row})
 
+    def samples(self, step: int, samples: list[dict]) -> None:
+        """Record and show what the model wrote: ``prompt`` and ``text`` of each."""
+        if not samples:
+            return
+        try:
+            with open(self._samples, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        except OSError as error:
+            raise CannotWriteError(f"{self._samples}: {error.strerror}; free some space and start again") from None
+        for sample in samples:
+            self.message(f"step {step}: {sample['prompt']!r} -> {sample['text']!r}")
+
     def message(self, text: str) -> None:
         """Print a line without disturbing the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _write(self, row: dict) -> None:
         try:

@@ -7,12 +7,13 @@ import torch
 
 from tnl.errors import ConfigError
 from tnl.training.memory import memory_plan
-from tnl.training.settings import PretrainSettings
+from tnl.training.methods import trains_all
+from tnl.training.settings import RunSettings
 
 GIB = 2**30
 
 
-def cures(settings: PretrainSettings, world_size: int) -> Iterator[str]:
+def cures(settings: RunSettings, world_size: int) -> Iterator[str]:
     """Changes of the configuration that take less memory, the one that costs least speed first, each with its GiB."""
     train = settings.train
     changes = []
@@ -36,10 +37,15 @@ def cures(settings: PretrainSettings, world_size: int) -> Iterator[str]:
             yield f"{named} ({peak / GIB:.1f} GiB)"
 
 
-def advice(settings: PretrainSettings, world_size: int) -> str:
+def advice(settings: RunSettings, world_size: int) -> str:
     """One sentence: the planned peak, and the cures."""
     if settings.model.kind != "tnl":
         return "lower train.micro_batch_size, or set train.activation_checkpointing=full"
+    if getattr(settings, "method", None) is not None and not trains_all(settings.method):
+        return (  # which tnl plan does not know
+            "lower train.micro_batch_size or train.sequence_length, set train.activation_checkpointing=full or, of "
+            "LoRA, method.base_bits=4, or use more GPUs with train.zero_stage=3"
+        )
     plan = memory_plan(settings, world_size)
     largest = sorted(plan.parts.items(), key=lambda part: part[1], reverse=True)[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
@@ -51,7 +57,7 @@ def advice(settings: PretrainSettings, world_size: int) -> str:
 
 
 @contextmanager
-def out_of_memory_advice(settings: PretrainSettings, rank: int, world_size: int) -> Iterator[None]:
+def out_of_memory_advice(settings: RunSettings, rank: int, world_size: int) -> Iterator[None]:
     """Turn PyTorch's error in the block into one for the user.
 
     Raises:

@@ -1,20 +1,23 @@
-"""The pretraining run, top to bottom."""
+"""A training run, top to bottom: of pretraining, and of whatever else brings data and says what of the model trains."""
 
 import contextlib
+import json
 import math
-from functools import partial
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from tnl import config
-from tnl.data.shards import TOKENIZER_FILE, ShardSet
-from tnl.data.tokenizer_export import export_tokenizer
 from tnl.errors import EXIT_PREEMPTED, ConfigError, NonFiniteError, UserError
-from tnl.evaluation.heldout import heldout_loss
 from tnl.files import write_atomically
-from tnl.model.kinds import model_class, model_config
+from tnl.model.kinds import model_class
 from tnl.training.announcement import announce
+from tnl.training.base_checkpoint import BaseCheckpoint, open_base
 from tnl.training.blocks import check_compile
 from tnl.training.checkpoint import RunState, choose_checkpoint, load_checkpoint, named_step, save_checkpoint
 from tnl.training.commit import CheckpointStore
@@ -27,11 +30,20 @@ from tnl.training.metrics import MetricsWriter, finite_or_none
 from tnl.training.out_of_memory import out_of_memory_advice
 from tnl.training.profiling import StepProfiler
 from tnl.training.run_data import RunData, open_data
-from tnl.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, check_run_folder, move_aside
+from tnl.training.run_folder import (
+    BASE,
+    CHECKPOINTS,
+    CONFIG,
+    TOKENIZER,
+    base_record,
+    check_run_folder,
+    move_aside,
+    network_config,
+)
 from tnl.training.run_identity import check_same_run, identity
 from tnl.training.same_start import check_same_start
 from tnl.training.schedule import learning_rate
-from tnl.training.settings import PretrainSettings
+from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
 from tnl.training.stop import StopRequest
 from tnl.training.throughput import Throughput
@@ -39,8 +51,31 @@ from tnl.training.timing import StepTimer, peak_memory
 from tnl.training.train_step import StepResult, TrainStep
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one kind of training brings to the loop.
+
+    Attributes:
+        open_data: opens the data; its third argument is the folder of the checkpoint that the run begins from, or of
+            the run's own tokenizer, None where there is neither.
+        adapt: changes the model before the engine is built, on all ranks alike.
+        trains_all: whether every parameter trains; then a checkpoint holds the whole model.
+    """
+
+    open_data: Callable[[RunSettings, Mesh, Path | None], RunData]
+    adapt: Callable[[PreTrainedModel, torch.device], None] = lambda model, device: None
+    trains_all: bool = True
+
+
 def pretrain(
     settings: PretrainSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+) -> str:
+    """Pretrain, from random weights or a checkpoint; see `train`."""
+    return train(settings, Task(open_data), resume=resume, fresh=fresh, console=console)
+
+
+def train(
+    settings: RunSettings, task: Task, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
 ) -> str:
     """Train until the last step, or until asked to stop.
 
@@ -62,7 +97,15 @@ def pretrain(
     # What can be refused is refused before the run folder is touched.
     _check_settings(settings, ranks)
     mesh = build_mesh(settings.train, ranks)
-    data = open_data(settings, mesh)
+    resumes = not fresh and bool(CheckpointStore(settings.output / CHECKPOINTS).steps())
+    record, base = base_record(settings.output) if resumes else {}, None
+    # A checkpoint of ours that holds the whole model stands for the base.
+    if settings.init_from is not None and not (task.trains_all and settings.init_from == record.get("init_from")):
+        base = open_base(settings, ranks, record)
+        record = base.record()
+    tokenizer = settings.output / TOKENIZER if resumes else None if base is None else base.folder
+    data = task.open_data(settings, mesh, tokenizer)
+    settings = data.resolved(settings)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -80,7 +123,7 @@ def pretrain(
         ranks.raise_together(problem)
         try:
             with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
-                run = _Run(settings, data, ranks, mesh, console or Console(), stack)
+                run = _Run(settings, task, data, base, record, ranks, mesh, console or Console(), stack)
                 return run.train(resume)
         except BaseException as error:
             if str(error) != ELSEWHERE:
@@ -88,7 +131,7 @@ def pretrain(
             raise
 
 
-def _check_settings(settings: PretrainSettings, ranks: Ranks) -> None:
+def _check_settings(settings: RunSettings, ranks: Ranks) -> None:
     """Refuse on all ranks together what some rank's machine or the number of ranks does not allow."""
     problem = None
     try:
@@ -103,23 +146,29 @@ class _Run:
     """A run whose folder is ours: from the choice of a checkpoint to the last step.
 
     Args:
+        base: the checkpoint that it begins from, where its weights are needed.
+        record: what the run folder keeps of it; empty where there was none.
         stack: closes what the run opens.
     """
 
     def __init__(
         self,
-        settings: PretrainSettings,
+        settings: RunSettings,
+        task: Task,
         data: RunData,
+        base: BaseCheckpoint | None,
+        record: dict,
         ranks: Ranks,
         mesh: Mesh,
         console: Console,
         stack: contextlib.ExitStack,
     ):
-        self.settings, self.data, self.ranks, self.mesh = settings, data, ranks, mesh
-        self.console, self.stack = console, stack
-        self.identity = identity(settings, data)
+        self.settings, self.task, self.data, self.ranks, self.mesh = settings, task, data, ranks, mesh
+        self.base, self.record, self.console, self.stack = base, record, console, stack
+        self.identity = identity(settings, data, record.get("fingerprint"))
         self.store = CheckpointStore(settings.output / CHECKPOINTS)
         self.state = RunState()
+        self.heldout_loss: float | None = None  # as last measured
         self.metrics: MetricsWriter | None = None  # rank 0 has one
         self.stop = StopRequest(settings.output)
         stack.callback(self.stop.close)
@@ -137,14 +186,21 @@ class _Run:
             # First, because DeepSpeed reads files of another layout without such a message.
             check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
         torch.manual_seed(self.settings.seed)
-        network = model_config(self.settings.model, self.settings.train.sequence_length)
-        model = build_model(lambda: model_class(network)(network), self.settings, self.ranks, self.mesh.tensor)
+        network = network_config(self.settings, self.record)
+        read = None if self.base is None else self.base.read
+        model = build_model(lambda: model_class(network)(network), self.settings, self.ranks, self.mesh.tensor, read)
+        self.task.adapt(model, self.ranks.device)
+        # Before ZeRO-3 divides the adapters, too.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
+        # Dropout and noise are not the same on ranks that read other data; a checkpoint brings its own states.
+        torch.manual_seed(self.settings.seed + self.mesh.data_rank)
         if chosen is not None:
-            self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks)
+            self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks, is_whole=self.task.trains_all)
         self._write_folder(chosen)
         peak, source = peak_flops(self.ranks.device, self.settings.logging.peak_tflops)
-        self.throughput = Throughput(self.settings.train, network, self.ranks.world_size, peak)
+        tokens_per_step = self.data.tokens_per_step(self.settings)
+        self.throughput = Throughput(self.settings.train, network, self.ranks.world_size, peak, tokens_per_step)
         if self.ranks.is_main:
             announce(
                 self.settings,
@@ -156,9 +212,19 @@ class _Run:
                 peak_source=source,
                 say=self._say,
             )
+            self._say_more(trained)
             self._start_metrics()
             self._record("running")
         return self._steps()
+
+    def _say_more(self, trained: int) -> None:
+        if self.base is not None:
+            added = f", {self.base.new_rows} new token ids" if self.base.new_rows else ""
+            self._say(f"begins from {self.base.folder} ({self.base.fingerprint[:12]}){added}")
+        if not self.task.trains_all:
+            self._say(f"{trained:,} parameters train, the others stay as they are")
+        for line in self.data.describe():
+            self._say(line)
 
     def _steps(self) -> str:
         settings, train, state = self.settings, self.settings.train, self.state
@@ -167,6 +233,8 @@ class _Run:
         step = TrainStep(self.engine, train, self.ranks, self.mesh, self.stop, timer)
         profiler = StepProfiler(settings.output, settings.logging.profile_steps, self.ranks.rank)
         norms_every = settings.logging.layer_norms_every
+        if state.step == 0 and settings.evaluation.at_start:
+            self._evaluate()
         batches = self.data.loader.steps(state.step, train.steps)
         while state.step < train.steps:
             profiler.begin(state.step + 1)
@@ -189,10 +257,10 @@ class _Run:
                     "row; begin a new run in another output folder with a lower optimizer.lr or a longer "
                     "schedule.warmup_steps"
                 )
-            last = state.step == train.steps
+            last, is_best = state.step == train.steps, False
             if last or (settings.evaluation.every and state.step % settings.evaluation.every == 0):
-                self._evaluate()
-            if last or result.is_stopping or state.step % settings.checkpoint.every == 0:
+                is_best = self._evaluate()
+            if last or is_best or result.is_stopping or state.step % settings.checkpoint.every == 0:
                 self._save()
             if result.is_stopping and not last:
                 if self.metrics:
@@ -202,8 +270,17 @@ class _Run:
                     self._record("preempted", exit_code=EXIT_PREEMPTED)
                 return "preempted"
         if self.metrics:
+            if None not in (state.first_loss, self.heldout_loss):
+                self._say_gain()
             self._record("finished", exit_code=0)
         return "finished"
+
+    def _say_gain(self) -> None:
+        state = self.state
+        text = f"held-out loss: {state.first_loss:.4f} nats before training, {self.heldout_loss:.4f} after it"
+        if state.best_step not in (None, state.step):
+            text += f"; lowest {state.best_loss:.4f} after step {state.best_step}, whose checkpoint is kept"
+        self.metrics.message(text)
 
     def _report(self, result: StepResult, lr: float, times: dict[str, float]) -> None:
         state = self.state
@@ -224,30 +301,34 @@ class _Run:
         if result.norms:
             self.metrics.layers({"step": state.step, "grad_norms": [finite_or_none(norm) for norm in result.norms]})
 
-    def _evaluate(self) -> None:
-        if self.data.heldout is None:
-            return
-        train = self.settings.train
-        length = train.segment_length or train.sequence_length * max(1, 4096 // train.sequence_length)
-        if train.sequence_parallel > 1:
-            length = train.sequence_length // train.sequence_parallel  # no more memory than training takes
-        found = heldout_loss(
-            self.engine,
-            self.data.heldout,
-            device=self.ranks.device,
-            max_tokens=self.settings.evaluation.max_tokens,
-            length=length,
-            window=train.sequence_length,
-            rank=self.mesh.token_rank,
-            world_size=self.mesh.token_size,
-            all_reduce=partial(self.mesh.token_sums, ranks=self.ranks),
-        )
+    def _evaluate(self) -> bool:
+        """Returns whether the held-out loss is the lowest so far, and its checkpoint wanted."""
+        state, is_best = self.state, False
+        found = self.data.evaluate(self.engine, self.settings, self.ranks, self.mesh)
+        if found is not None:
+            loss = self.heldout_loss = found["loss"]
+            if state.step == 0:
+                state.first_loss = finite_or_none(loss)
+            else:
+                is_best = self.settings.evaluation.keep_best and state.is_best(loss)
+            if self.metrics:
+                self.metrics.evaluation({"step": state.step, "tokens": state.tokens, **found})
+        samples = self.data.samples(self.engine, self.settings, self.ranks)
         if self.metrics:
-            self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **found.row()})
+            self.metrics.samples(state.step, samples)
+        return is_best
 
     def _save(self) -> None:
-        keep = self.settings.checkpoint.keep
-        path = save_checkpoint(self.engine, self.store, self.state, self.ranks, self.identity, keep, self._warn)
+        path = save_checkpoint(
+            self.engine,
+            self.store,
+            self.state,
+            self.ranks,
+            self.identity,
+            self.settings.checkpoint.keep,
+            self._warn,
+            is_whole=self.task.trains_all,
+        )
         if self.metrics:
             self.metrics.message(f"step {self.state.step}: saved {path}")
             self._record("running")
@@ -257,7 +338,7 @@ class _Run:
         problem = None
         if self.ranks.is_main:
             try:
-                _write_run_folder(self.settings, self.data.shards)
+                _write_run_folder(self.settings, self.data, self.record, is_new=chosen is None)
                 for newer in self.store.set_aside_after(chosen) if chosen is not None else []:
                     self._warn(f"{newer}: not used any more, remove it when you like")
             except (UserError, OSError) as error:
@@ -283,9 +364,14 @@ class _Run:
         self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def _write_run_folder(settings: PretrainSettings, shards: ShardSet) -> None:
-    """The effective configuration, and the tokenizer that exports of this run will carry."""
+def _write_run_folder(settings: RunSettings, data: RunData, record: dict, *, is_new: bool) -> None:
+    """The effective configuration, the tokenizer that exports of this run will carry, and what the run began from."""
     folder = settings.output
-    (folder / TOKENIZER).mkdir(exist_ok=True)
-    export_tokenizer(shards.folder / TOKENIZER_FILE, folder / TOKENIZER, add_bos=shards.index.add_bos)
+    if is_new:
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        (folder / TOKENIZER).mkdir()
+        data.write_tokenizer(folder / TOKENIZER)
+    (folder / BASE).unlink(missing_ok=True)
+    if record:
+        write_atomically(folder / BASE, json.dumps(record, indent=1) + "\n")
     write_atomically(folder / CONFIG, config.dump(settings))

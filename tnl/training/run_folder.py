@@ -2,22 +2,30 @@
 
 import hashlib
 import importlib.metadata
+import json
 import time
 from pathlib import Path
 
 from tnl import config
 from tnl.errors import CannotWriteError, ConfigError
+from tnl.model.configuration import TransnormerConfig
+from tnl.model.kinds import ModelConfig, model_config
+from tnl.training.finetune_settings import FinetuneSettings
 from tnl.training.lock import RunLock
-from tnl.training.settings import PretrainSettings
+from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import FILE as STATUS
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-# Keys that may differ between the starts of one run: they change neither weights nor the order of the data.
+BASE = "base.json"
+# Keys that may differ between the starts of one run: they change neither weights nor the order of the data. What
+# init_from and data.source.path lead to is compared by its content.
 FREE_KEYS = (
     "output",
+    "init_from",
     "data.shards",
+    "data.source.path",
     "data.num_workers",
     "train.offload_path",
     "checkpoint.",
@@ -36,19 +44,19 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def flat_settings(settings: PretrainSettings) -> dict:
+def flat_settings(settings: RunSettings) -> dict:
     """The effective configuration as dotted keys and JSON values."""
     return _flat(settings.model_dump(mode="json"))
 
 
-def config_hash(settings: PretrainSettings) -> str:
+def config_hash(settings: RunSettings) -> str:
     """SHA-256 of the part of the configuration that decides the trajectory of the run."""
     flat = flat_settings(settings)
     bound = {key: value for key, value in flat.items() if not key.startswith(FREE_KEYS)}
     return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
 
 
-def check_run_folder(settings: PretrainSettings) -> None:
+def check_run_folder(settings: RunSettings) -> None:
     """Refuse an output folder that is not this run's; nothing is written.
 
     Raises:
@@ -86,7 +94,7 @@ def move_aside(folder: Path) -> None:
         raise CannotWriteError(f"{folder}: {error.strerror}; choose another output folder") from None
 
 
-def _check_same_run(settings: PretrainSettings, effective: Path) -> None:
+def _check_same_run(settings: RunSettings, effective: Path) -> None:
     old = _flat(config.read_yaml(effective))
     new = _flat(config.read_yaml_text(config.dump(settings)))
     differing = [
@@ -114,10 +122,38 @@ def versions() -> dict[str, str]:
     return found
 
 
-def load_run_settings(folder: Path) -> PretrainSettings:
-    """The effective configuration of a run folder.
+def load_run_settings(folder: Path) -> RunSettings:
+    """The effective configuration of a run folder, of pretraining or of fine-tuning.
 
     Raises:
         ConfigError: there is none, or it is not valid.
     """
-    return config.load(PretrainSettings, folder / CONFIG)
+    tree = config.read_yaml(folder / CONFIG)
+    return config.validate(FinetuneSettings if "method" in tree else PretrainSettings, tree, str(folder / CONFIG))
+
+
+def base_record(folder: Path) -> dict:
+    """What a run folder keeps of the checkpoint that the run began from; empty where there was none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = folder / BASE
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"{file}: unreadable; restore it, or begin a new run with --fresh") from None
+
+
+def network_config(settings: RunSettings, record: dict) -> ModelConfig:
+    """The model of a run: of one that began from a checkpoint, the configuration that ``record`` of it has."""
+    if not record:
+        return model_config(settings.model, settings.train.sequence_length)
+    return TransnormerConfig.from_dict(record["config"] | {"vocab_size": settings.model.vocab_size})
+
+
+def run_config(folder: Path) -> ModelConfig:
+    """The configuration of the model that the run in ``folder`` trains."""
+    return network_config(load_run_settings(folder), base_record(folder))

@@ -5,15 +5,16 @@ from pathlib import Path
 from tnl.errors import CheckpointError, DataError
 from tnl.training.run_data import RunData
 from tnl.training.run_folder import config_hash, versions
-from tnl.training.settings import PretrainSettings
+from tnl.training.settings import RunSettings
 
 
-def identity(settings: PretrainSettings, data: RunData) -> dict:
-    """Fields of the manifest."""
+def identity(settings: RunSettings, data: RunData, base_fingerprint: str | None) -> dict:
+    """Fields of the manifest. ``base_fingerprint``: of the checkpoint that the run began from."""
     return {
         "config_sha256": config_hash(settings),
         "data_fingerprint": data.loader.fingerprint,
-        "tokenizer_sha256": data.shards.index.tokenizer_sha256,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "base_fingerprint": base_fingerprint,
         "zero_stage": settings.train.zero_stage,
         "versions": versions(),
     }
@@ -24,18 +25,23 @@ def check_same_run(manifest: dict, own: dict, checkpoint: Path) -> None:
 
     Raises:
         DataError: trained with another tokenizer.
-        CheckpointError: trained on other data or with another configuration.
+        CheckpointError: trained on other data, from another checkpoint or with another configuration.
     """
+    cure = "point the data section to the data that this run began with"
     if manifest["tokenizer_sha256"] != own["tokenizer_sha256"]:
         raise DataError(
-            f"{checkpoint}: trained with the tokenizer {manifest['tokenizer_sha256'][:12]}, data.shards has "
-            f"{own['tokenizer_sha256'][:12]}; point data.shards to the shards that this run began with"
+            f"{checkpoint}: trained with the tokenizer {manifest['tokenizer_sha256'][:12]}, the data have "
+            f"{own['tokenizer_sha256'][:12]}; {cure}"
         )
     if manifest["data_fingerprint"] != own["data_fingerprint"]:
         raise CheckpointError(
-            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, data.shards has "
-            f"{own['data_fingerprint'][:12]}; point data.shards to the shards that this run began with, or begin a "
-            "new run in another output folder"
+            f"{checkpoint}: trained on the data {manifest['data_fingerprint'][:12]}, the data section gives "
+            f"{own['data_fingerprint'][:12]}; {cure}, or begin a new run in another output folder"
+        )
+    if manifest["base_fingerprint"] != own["base_fingerprint"]:
+        raise CheckpointError(
+            f"{checkpoint}: began from other weights than those that init_from has now; put the old ones back, or "
+            "begin a new run in another output folder"
         )
     if manifest["config_sha256"] != own["config_sha256"]:
         raise CheckpointError(

@@ -15,12 +15,12 @@ import tnl
 from tnl.errors import ConfigError
 from tnl.training.engine import Ranks
 from tnl.training.run_folder import flat_settings, versions
-from tnl.training.settings import PretrainSettings
+from tnl.training.settings import RunSettings
 
 SHOWN = 12  # differences in the message
 
 
-def start_facts(settings: PretrainSettings) -> dict[str, str]:
+def start_facts(settings: RunSettings) -> dict[str, str]:
     """What must be equal on all ranks: each key of the configuration, version of a package, and hash of a source
     file."""
     facts = {f"configuration {key}": json.dumps(value) for key, value in flat_settings(settings).items()}
@@ -33,7 +33,7 @@ def start_facts(settings: PretrainSettings) -> dict[str, str]:
     return facts
 
 
-def check_same_start(settings: PretrainSettings, ranks: Ranks) -> None:
+def check_same_start(settings: RunSettings, ranks: Ranks) -> None:
     """End all ranks together when one was started with something else than rank 0; a collective.
 
     Raises:

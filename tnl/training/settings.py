@@ -47,7 +47,7 @@ PASSED_DEEPSPEED_KEYS = (
 )
 
 
-def _raise_all(problems: list[str]) -> None:
+def raise_all(problems: list[str]) -> None:
     """One error for all problems of a section; `tnl.config` prints a line for each."""
     if problems:
         raise ValueError("\n".join(problems))
@@ -180,7 +180,7 @@ class TrainSettings(Settings):
                 f"global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size "
                 f"{self.micro_batch_size}"
             )
-        _raise_all(problems)
+        raise_all(problems)
         return self
 
 
@@ -232,6 +232,10 @@ class EvaluationSettings(Settings):
 
     every: int = Field(default=0, ge=0, description="steps between evaluations; 0 evaluates after the last step only")
     max_tokens: int = Field(default=262_144, ge=2, description="held-out tokens at most")
+    at_start: bool = Field(default=False, description="evaluate before the first step, too")
+    keep_best: bool = Field(
+        default=False, description="save where the held-out loss is lowest, and keep that checkpoint whatever its age"
+    )
 
 
 class LoggingSettings(Settings):
@@ -258,13 +262,19 @@ class LoggingSettings(Settings):
         return steps
 
 
-class PretrainSettings(Settings):
-    """One pretraining run."""
+class RunSettings(Settings):
+    """What every training run has, whatever it trains on.
+
+    With ``init_from`` the model section is that of the checkpoint: see `tnl.training.run_configuration.load_settings`.
+    """
 
     output: Path = Field(description="run folder; the same folder resumes")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of weights and data order")
+    init_from: str | None = Field(
+        default=None, description="checkpoint to begin from: hub name, model folder or run folder; default none"
+    )
     model: ModelSettings
-    data: DataSettings
+    data: Settings
     train: TrainSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
@@ -297,16 +307,27 @@ class PretrainSettings(Settings):
                 for key, name in ours.items()
                 if key in zero
             ]
-        _raise_all(problems)
+        raise_all(problems)
         return keys
 
-    @model_validator(mode="after")
-    def _consistent(self):
+    def length_problems(self) -> list[str]:
+        """What does not fit the number of steps."""
         steps, warmup, decay = self.train.steps, self.schedule.warmup_steps, self.schedule.decay_steps
         problems = []
         traced = self.logging.profile_steps
         if traced is not None and traced[1] > steps:
             problems.append(f"logging.profile_steps: {list(traced)} goes beyond train.steps {steps}; lower it")
+        if warmup >= steps:
+            problems.append(f"schedule.warmup_steps: {warmup} must be below train.steps {steps}")
+        elif decay is not None and decay > steps - warmup:
+            problems.append(
+                f"schedule.decay_steps: {decay} is more than the {steps - warmup} steps after the warm-up; lower it"
+            )
+        return problems
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        problems = [] if self.train.steps is None else self.length_problems()
         if self.train.segment_length is not None and self.model.kind != "tnl":
             problems.append(
                 f"train.segment_length: model.kind {self.model.kind} has no state to carry from segment to segment; "
@@ -329,11 +350,13 @@ class PretrainSettings(Settings):
             model = self.model
             found = slicing_problems(model.num_heads, model.glu_dim, model.mixer_norm, self.train.tensor_parallel)
             problems += [f"train.tensor_parallel: {problem}" for problem in found]
-        if warmup >= steps:
-            problems.append(f"schedule.warmup_steps: {warmup} must be below train.steps {steps}")
-        elif decay is not None and decay > steps - warmup:
-            problems.append(
-                f"schedule.decay_steps: {decay} is more than the {steps - warmup} steps after the warm-up; lower it"
-            )
-        _raise_all(problems)
+        if self.init_from is not None and self.model.kind != "tnl":
+            problems.append(f"model.kind: {self.model.kind} cannot begin from a checkpoint; remove init_from")
+        raise_all(problems)
         return self
+
+
+class PretrainSettings(RunSettings):
+    """One pretraining run."""
+
+    data: DataSettings

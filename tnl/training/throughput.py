@@ -13,17 +13,14 @@ class Throughput:
     Attributes:
         network: configuration of the model.
         peak: FLOP/s of one device; None where it is not known.
+        tokens_per_step: of all ranks.
     """
 
     train: TrainSettings
     network: object
     world_size: int
     peak: float | None
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Of all ranks."""
-        return self.train.global_batch_size * self.train.sequence_length
+    tokens_per_step: int
 
     def row(self, step_time_s: float) -> dict[str, float | None]:
         """``tokens_per_s``, ``tgs`` (of one device) and ``mfu`` of a step that took ``step_time_s`` seconds."""
