@@ -1,8 +1,9 @@
 """The DeepSpeed engine of a run: process environment, DeepSpeed configuration, construction."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,6 +60,16 @@ class Ranks:
             raise error
         if code:
             raise codes.get(int(code), UserError)(ELSEWHERE)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on every rank, and end all ranks when one has a problem in it."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.raise_together(problem)
 
 
 def init_ranks() -> Ranks:

@@ -5,6 +5,7 @@ A rank with another learning rate, another torch or an older checkout would not 
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import tnl_kernels
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 import tnl
-from tnl.errors import ConfigError
+from tnl.errors import CannotWriteError, ConfigError
 from tnl.training.engine import Ranks
 from tnl.training.run_folder import flat_settings, versions
 from tnl.training.settings import RunSettings
+from tnl.training.status import FILE as STATUS
 
 SHOWN = 12  # differences in the message
 
@@ -73,3 +75,34 @@ def _gathered(content: bytes, ranks: Ranks) -> list[bytes]:
     parts = [torch.empty_like(own) for _ in range(ranks.world_size)]
     dist.all_gather(parts, own)
     return [bytes(part.tolist()) for part in parts]
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """End all ranks together when one does not see what rank 0 writes to the run folder; a collective.
+
+    Each rank saves its own part of a checkpoint there: on disks of several machines none would be whole.
+
+    Raises:
+        ConfigError: which rank.
+    """
+    if ranks.world_size == 1:
+        return
+    # A name that nobody has looked up yet: a network file system may remember that a file was not there.
+    (number,) = ranks.all_reduce([float(time.time_ns() % 2**52) if ranks.is_main else 0.0])
+    seen = folder / f"{STATUS}.{number:.0f}"
+    with ranks.together():
+        if ranks.is_main:
+            try:
+                seen.touch()
+            except OSError as error:
+                raise CannotWriteError(f"{seen}: {error.strerror}; free some space and start again") from None
+    try:
+        with ranks.together():
+            if not seen.exists():
+                raise ConfigError(
+                    f"output: {folder.absolute()}: rank {ranks.rank} does not see what rank 0 writes there; give a "
+                    "folder on a file system that all machines share"
+                )
+    finally:
+        if ranks.is_main:
+            seen.unlink()
