@@ -53,3 +53,28 @@ def test_data_that_one_machine_has_not_end_all_ranks(shards, tmp_path):
     assert "another rank ended with an error" in elsewhere
     assert "shards" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_never_comes_is_not_waited_for_as_long_as_a_collective(shards, tmp_path, rank):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_tree(shards, tmp_path / "out")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    program = (
+        "import sys; from datetime import timedelta; from tnl import cli; from tnl.training import rendezvous\n"
+        "rendezvous.ARRIVAL_TIMEOUT = timedelta(seconds=2)\n"
+        f"sys.argv = ['tnl', 'pretrain', {str(tmp_path / 'tiny.yaml')!r}]; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(RANK=rank, **launched),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == EXIT_USAGE
+    assert "not all ranks came within" in done.stderr
+    assert "Traceback" not in done.stderr
