@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from tests.test_processes import environment
-from tests.tiny_corpus import tiny_shards
+from tests.tiny_corpus import tiny_settings, tiny_shards, tiny_texts
 from tests.tiny_run import tiny_tree
+from tnl.data.prepare import prepare
 from tnl.errors import EXIT_DATA, EXIT_USAGE
 
 
@@ -78,3 +79,12 @@ def test_a_rank_that_never_comes_is_not_waited_for_as_long_as_a_collective(shard
     assert done.returncode == EXIT_USAGE
     assert "not all ranks came within" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_that_read_other_data_are_refused(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"machine{rank}").mkdir()
+        prepare(tiny_settings(tmp_path / f"machine{rank}", texts=tiny_texts(seed=rank)))
+    (first, message), (second, other) = run_on_two_machines(tmp_path, tiny_tree("shards", tmp_path / "out"))
+    assert (first, second) == (EXIT_DATA, EXIT_DATA)
+    assert "rank 1 read other data" in message + other

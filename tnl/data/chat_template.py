@@ -24,6 +24,8 @@ VERBATIM_TEMPLATE = (
 )
 _OWN = {"reference": REFERENCE_TEMPLATE, "verbatim": VERBATIM_TEMPLATE}
 _BEGIN = "{{- bos_token -}}"
+# As runs save it; known, it is rendered without a process of its own.
+SAVED_REFERENCE = (REFERENCE_TEMPLATE, _BEGIN + REFERENCE_TEMPLATE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _MAX_FILE_BYTES = 2**20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tnl.data.chat_template import REFERENCE_TEMPLATE
+from tnl.data.chat_template import SAVED_REFERENCE
 from tnl.data.examples import InstructionData, open_instructions
 from tnl.data.instruction_loader import InstructionLoader, heldout_batches
 from tnl.data.shards import TOKENIZER_FILE
@@ -107,7 +107,7 @@ def open_data(settings: FinetuneSettings, mesh: Mesh, folder: Path) -> FinetuneD
             f"model.vocab_size: {settings.model.vocab_size}, but the tokenizer of {folder} has {len(tokenizer)} "
             f"pieces; set it to at least {len(tokenizer)}, which extends the vocabulary"
         )
-    if (tokenizer.chat_template or "").endswith(REFERENCE_TEMPLATE):
+    if tokenizer.chat_template in SAVED_REFERENCE:
         # What a run that resumes finds in its own folder; known, it is rendered without a process of its own.
         tokenizer.chat_template = None
     data = open_instructions(settings.data, tokenizer, max_tokens=train.sequence_length, seed=settings.seed)

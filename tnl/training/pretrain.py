@@ -41,7 +41,7 @@ from tnl.training.run_folder import (
     network_config,
 )
 from tnl.training.run_identity import check_same_run, identity
-from tnl.training.same_start import check_same_start, check_shared
+from tnl.training.same_start import check_same_data, check_same_start, check_shared
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
@@ -96,6 +96,7 @@ def train(
     check_same_start(settings, ranks)
     # What can be refused is refused before the run folder is touched.
     _check_settings(settings, ranks)
+    _check_base_elsewhere(settings)
     mesh = build_mesh(settings.train, ranks)
     resumes = not fresh and bool(CheckpointStore(settings.output / CHECKPOINTS).steps())
     record, base = base_record(settings.output) if resumes else {}, None
@@ -107,6 +108,7 @@ def train(
     with ranks.together():
         data = task.open_data(settings, mesh, tokenizer)
         settings = data.resolved(settings)
+    check_same_data(f"{data.loader.fingerprint} {data.tokenizer_sha256}", ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -140,6 +142,17 @@ def _check_settings(settings: RunSettings, ranks: Ranks) -> None:
     with ranks.together():
         deepspeed_config(settings, ranks.world_size)
         check_compile(settings.train, ranks.device)
+
+
+def _check_base_elsewhere(settings: RunSettings) -> None:
+    """Refuse a run that would begin from itself: a fresh start moves the folder away."""
+    if settings.init_from is None:
+        return
+    base, output = Path(settings.init_from).resolve(), settings.output.resolve()
+    if base == output or output in base.parents:
+        raise ConfigError(
+            f"output: {settings.output}: init_from {settings.init_from} lies in it; choose another folder"
+        )
 
 
 class _Run:

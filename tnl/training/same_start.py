@@ -1,4 +1,5 @@
-"""All ranks of a run must have been started alike: one configuration, one set of packages, one source code.
+"""All ranks of a run must have been started alike: one configuration, one set of packages, one source code, one set of
+data, and one run folder.
 
 A rank with another learning rate, another torch or an older checkout would not fail. It would train another model.
 """
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import tnl
-from tnl.errors import CannotWriteError, ConfigError
+from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.training.engine import Ranks
 from tnl.training.run_folder import flat_settings, versions
 from tnl.training.settings import RunSettings
@@ -67,6 +68,22 @@ def check_same_start(settings: RunSettings, ranks: Ranks) -> None:
         f"rank {names}: started with another configuration or code than rank 0; start every rank with the same "
         "command, packages and checkout\n" + "\n".join(lines)
     )
+
+
+def check_same_data(fingerprint: str, ranks: Ranks) -> None:
+    """End all ranks together when one read other data or another tokenizer than rank 0; a collective.
+
+    Raises:
+        DataError: they differ.
+    """
+    if ranks.world_size == 1:
+        return
+    digests = _gathered(hashlib.sha256(fingerprint.encode()).digest(), ranks)
+    different = ", ".join(str(rank) for rank, digest in enumerate(digests) if digest != digests[0])
+    if different:
+        raise DataError(
+            f"data: rank {different} read other data, or has another tokenizer, than rank 0; give all machines the same"
+        )
 
 
 def _gathered(content: bytes, ranks: Ranks) -> list[bytes]:
