@@ -12,5 +12,8 @@ if (($# < 2)); then
 fi
 hostfile=$1
 shift
+# DeepSpeed's launcher would go on with this machine alone.
+[[ -f $hostfile && -r $hostfile ]] || { echo "error: $hostfile: no such hostfile" >&2; exit 2; }
 name_run "$@"
-supervise "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --module tnl pretrain "$@"
+supervise "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_local_rank --module \
+  tnl pretrain --start-file "$start" "$@"

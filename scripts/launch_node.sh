@@ -11,4 +11,5 @@ if (($# == 0)); then
   exit 2
 fi
 name_run "$@"
-supervise "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-gpu}" -m tnl pretrain "$@"
+supervise "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-gpu}" \
+  -m tnl pretrain --start-file "$start" "$@"

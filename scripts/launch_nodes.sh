@@ -15,4 +15,4 @@ nodes=$1 rank=$2 host=${3%:*} port=${3##*:}
 shift 3
 name_run "$@"
 supervise "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --master-addr "$host" \
-  --master-port "$port" --nproc-per-node "${GPUS:-gpu}" -m tnl pretrain "$@"
+  --master-port "$port" --nproc-per-node "${GPUS:-gpu}" -m tnl pretrain --start-file "$start" "$@"
