@@ -215,3 +215,11 @@ def test_two_ranks_that_share_the_blocks_begin_from_a_checkpoint(folder, divided
     expected = [row["loss"] for row in rows(folder / "one")]
     for name in DIVIDED_PRETRAINING:
         assert [row["loss"] for row in rows(folder / name)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_that_becomes_no_token_is_refused(folder, tmp_path):
+    given = [f"output={tmp_path / 'run'}", "data.template=verbatim", "evaluation.prompts=['']"]
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml", given)
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: number 0 becomes no token by template verbatim"):
+        finetune(settings)
+    assert not (tmp_path / "run").exists()

@@ -196,3 +196,19 @@ def test_pickled_weights_are_read(folder, tmp_path):
     assert all(is_finite(opened.read(name)) for name, _ in tiny_model(**IDS).named_parameters())
     saved = tiny_base(tmp_path / "safe", **IDS)
     assert open_files(settings_from(folder, saved, tmp_path / "run"), {}).weights.keys() <= opened.weights.keys()
+
+
+def test_a_run_that_would_begin_from_itself_is_refused_and_stays_as_it_is(folder, straight):
+    before = sorted(straight.rglob("*"))
+    with pytest.raises(ConfigError, match="lies in it; choose another"):
+        pretrain(settings_from(folder, straight, straight), fresh=True)
+    assert sorted(straight.rglob("*")) == before
+
+
+def test_a_base_that_computes_something_else_has_another_fingerprint(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    settings = settings_from(folder, tmp_path / "base", tmp_path / "run")
+    before = open_files(settings, {}).fingerprint
+    config.write_text(config.read_text().replace('"lrpe_phase_dtype": "activation"', '"lrpe_phase_dtype": "float32"'))
+    assert open_files(settings, {}).fingerprint != before

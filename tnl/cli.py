@@ -300,11 +300,12 @@ def compare(
     from tnl.tools.tables import format_rows
 
     for row in run(runs, output):
+        equal = row["heldout_loss_at_equal_time"]
         found = {
             "tokens": f"{row['tokens']:,}",
             "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
             "held-out loss": f"{row['heldout_loss']:.4f} nats",
-            "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
+            "held-out loss when the shortest run had ended": "not known" if equal is None else f"{equal:.4f} nats",
         }
         print(format_rows(f"{row['run']} ({row['kind']})", list(found.items())))
     print(f"plot: {output / 'comparison.png'}")

@@ -11,6 +11,7 @@ from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.files import write_atomically
 from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, read_metrics, save_figure
+from tnl.training.metrics import finite_or_none
 
 # By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
 LINES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (GREY, "D:"))
@@ -80,24 +81,28 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
         raise ConfigError(f"runs: {len(runs)} given; compare 2 to {len(LINES)} run folders")
     curves = [read_curve(run) for run in runs]
     shortest = min(curve.seconds[-1] for curve in curves)
+    names = _distinct_names(runs)
     rows = [
         {
-            "run": curve.name,
+            "run": name,
             "kind": curve.kind,
             "tokens": int(curve.tokens[-1]),
             "tokens_per_s": curve.rate,
             "seconds": float(curve.seconds[-1]),
             "heldout_loss": float(curve.loss[-1]),
-            "heldout_loss_at_equal_time": curve.loss_after(shortest),
+            "heldout_loss_at_equal_time": finite_or_none(curve.loss_after(shortest)),
         }
-        for curve in curves
+        for name, curve in zip(names, curves, strict=True)
     ]
     columns = ("tokens", "seconds", "loss")
-    points = {curve.name: {key: getattr(curve, key).tolist() for key in columns} for curve in curves}
+    points = {
+        name: {key: getattr(curve, key).tolist() for key in columns} for name, curve in zip(names, curves, strict=True)
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(curves, folder / "comparison.png")
-        write_atomically(folder / "comparison.json", json.dumps({"rows": rows, "curves": points}, indent=1) + "\n")
+        _draw(curves, names, folder / "comparison.png")
+        text = json.dumps({"rows": rows, "curves": points}, indent=1, allow_nan=False)
+        write_atomically(folder / "comparison.json", text + "\n")
     except OSError as error:
         raise CannotWriteError(
             f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
@@ -105,7 +110,23 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
     return rows
 
 
-def _draw(curves: list[Curve], path: Path) -> None:
+def _distinct_names(runs: list[Path]) -> list[str]:
+    """The last parts of the folders, as many as tell them apart.
+
+    Raises:
+        ConfigError: a run is given twice.
+    """
+    whole = [run.resolve() for run in runs]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"runs: {', '.join(map(str, runs))}: one of them is given twice; compare different runs")
+    for count in range(1, max(len(path.parts) for path in whole) + 1):
+        names = ["/".join(path.parts[-count:]) for path in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError(whole)
+
+
+def _draw(curves: list[Curve], names: list[str], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -118,8 +139,8 @@ def _draw(curves: list[Curve], path: Path) -> None:
             ("training tokens", "seconds of training"),
             strict=True,
         ):
-            for curve, (color, style) in zip(curves, LINES, strict=False):
-                label = f"{curve.name} ({curve.kind})"
+            for curve, name, (color, style) in zip(curves, names, LINES, strict=False):
+                label = f"{name} ({curve.kind})"
                 axes.plot(getattr(curve, key), curve.loss, style, ms=4, color=color, label=label)
             axes.set(title=title, xlabel=unit, ylabel="nats per token")
             axes.xaxis.set_major_formatter(number_formatter())

@@ -41,11 +41,11 @@ from tnl.training.run_folder import (
     network_config,
 )
 from tnl.training.run_identity import check_same_run, identity
-from tnl.training.same_start import check_same_start, gathered_starts
+from tnl.training.same_start import check_same_data, check_same_start, check_shared, gathered_starts
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
-from tnl.training.stop import StopRequest
+from tnl.training.stop import STOP_FILE, StopRequest
 from tnl.training.throughput import Throughput
 from tnl.training.timing import StepTimer, peak_memory
 from tnl.training.train_step import StepResult, TrainStep
@@ -109,6 +109,7 @@ def train(
     starts = gathered_starts(start, ranks)
     # What can be refused is refused before the run folder is touched.
     _check_settings(settings, ranks)
+    _check_base_elsewhere(settings)
     mesh = build_mesh(settings.train, ranks)
     resumes = not fresh and bool(CheckpointStore(settings.output / CHECKPOINTS).steps())
     record, base = base_record(settings.output) if resumes else {}, None
@@ -117,8 +118,10 @@ def train(
         base = open_base(settings, ranks, record)
         record = base.record()
     tokenizer = settings.output / TOKENIZER if resumes else None if base is None else base.folder
-    data = task.open_data(settings, mesh, tokenizer)
-    settings = data.resolved(settings)
+    with ranks.together():
+        data = task.open_data(settings, mesh, tokenizer)
+        settings = data.resolved(settings)
+    check_same_data(f"{data.loader.fingerprint} {data.tokenizer_sha256}", ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -130,11 +133,14 @@ def train(
                 check_run_folder(settings)
                 stack.callback(RunLock(settings.output).close)
                 check_run_folder(settings)
+                # Of an earlier run that ended before it saw it.
+                (settings.output / STOP_FILE).unlink(missing_ok=True)
                 record_start(settings.output, settings.train.steps, starts)
             except UserError as error:
                 problem = error
         ranks.raise_together(problem)
         try:
+            check_shared(settings.output, ranks)
             with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
                 run = _Run(settings, task, data, base, record, ranks, mesh, console or Console(), stack)
                 return run.train(resume)
@@ -146,13 +152,20 @@ def train(
 
 def _check_settings(settings: RunSettings, ranks: Ranks) -> None:
     """Refuse on all ranks together what some rank's machine or the number of ranks does not allow."""
-    problem = None
-    try:
+    with ranks.together():
         deepspeed_config(settings, ranks.world_size)
         check_compile(settings.train, ranks.device)
-    except UserError as error:
-        problem = error
-    ranks.raise_together(problem)
+
+
+def _check_base_elsewhere(settings: RunSettings) -> None:
+    """Refuse a run that would begin from itself: a fresh start moves the folder away."""
+    if settings.init_from is None:
+        return
+    base, output = Path(settings.init_from).resolve(), settings.output.resolve()
+    if base == output or output in base.parents:
+        raise ConfigError(
+            f"output: {settings.output}: init_from {settings.init_from} lies in it; choose another folder"
+        )
 
 
 class _Run:
@@ -197,7 +210,8 @@ class _Run:
             return "finished"
         if chosen is not None:
             # First, because DeepSpeed reads files of another layout without such a message.
-            check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
+            with self.ranks.together():
+                check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
         torch.manual_seed(self.settings.seed)
         network = network_config(self.settings, self.record)
         read = None if self.base is None else self.base.read
@@ -285,6 +299,7 @@ class _Run:
         if self.metrics:
             if None not in (state.first_loss, self.heldout_loss):
                 self._say_gain()
+            self.stop.consume()
             self._record("finished", exit_code=0)
         return "finished"
 
