@@ -1,6 +1,7 @@
 # Sourced by the launchers: starts a command and returns the exit code of the run, which torchrun and deepspeed lose.
-#   name_run ARGUMENTS...   those of tnl pretrain; the array run then holds CONFIG [section.key=value ...] of them, and
-#                           start the file that stands for this start: for its option --start-file
+#   name_run [finetune] ARGUMENTS...   those of tnl pretrain or tnl finetune. Sets command (which of them), the arrays
+#                           arguments (all) and run (CONFIG [section.key=value ...] of them), and start, the file that
+#                           stands for this start: for the option --start-file
 #   supervise COMMAND...    after name_run
 # SIGTERM and Ctrl-C ask the run to save a checkpoint and stop, however long that takes; it then ends with 75. They reach
 # nothing but what was started here, whoever else trains in the run folder.
@@ -14,7 +15,14 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 
 name_run() {
-  run=()
+  command=pretrain
+  case ${1:-} in
+    pretrain | finetune)
+      command=$1
+      shift
+      ;;
+  esac
+  arguments=("$@") run=()
   while (($#)); do
     case $1 in
       --resume) shift $(($# > 1)) ;; # and its value

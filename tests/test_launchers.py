@@ -207,15 +207,15 @@ def test_a_folder_that_another_run_uses_is_refused_with_its_code(folder):
 
 
 def test_a_hostfile_starts_its_machines(folder, tmp_path):
-    """With a mistake that `tnl pretrain` finds at once. DeepSpeed's launcher asks the first host for its address, even
+    """With a mistake that `tnl finetune` finds at once. DeepSpeed's launcher asks the first host for its address, even
     where it then starts all ranks itself."""
     (tmp_path / "ssh").write_text("#!/usr/bin/env bash\necho 127.0.0.1\n")
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    node = launch("launch_hostfile.sh", tmp_path / "hosts", folder / "tiny.yaml", "train.stepz=3", PATH=path)
+    node = launch("launch_hostfile.sh", tmp_path / "hosts", "finetune", folder / "tiny.yaml", PATH=path)
     text = node.communicate(timeout=100)[0]
-    assert "train.stepz: " in text
+    assert "init_from: missing, this key must be given" in text
     assert node.returncode == 2
 
 

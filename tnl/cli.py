@@ -87,6 +87,7 @@ def finetune(
         str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")
     ] = "auto",
     fresh: Annotated[bool, typer.Option(help="Begin anew; an existing run folder is moved aside.")] = False,
+    start: Start = None,
 ) -> None:
     """Tune a checkpoint on instructions, all of it or by LoRA; the same command goes on where it stopped.
 
@@ -96,15 +97,18 @@ def finetune(
 
         tnl finetune finetune/alpaca-1b-lora init_from=runs/mine method.rank=32
 
-        torchrun --standalone --nproc-per-node 8 -m tnl finetune finetune/alpaca-7b-lora-zero3
+        bash scripts/launch_node.sh finetune finetune/alpaca-7b-lora-zero3
     """
     from tnl.training.finetune_settings import FinetuneSettings
     from tnl.training.run_configuration import load_settings
+    from tnl.training.start import noted_end
 
-    settings = load_settings(FinetuneSettings, config, overrides)
-    from tnl.training.finetune import finetune as run
+    with noted_end(start):
+        settings = load_settings(FinetuneSettings, config, overrides)
+        from tnl.training.finetune import finetune as run
 
-    if run(settings, resume=resume, fresh=fresh) == "preempted":
+        outcome = run(settings, resume=resume, fresh=fresh, start=start)
+    if outcome == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
 
