@@ -158,7 +158,12 @@ def _prompt_tokens(settings: FinetuneSettings, template: ChatTemplate, tokenizer
 
 
 def finetune(
-    settings: FinetuneSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: FinetuneSettings,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Tune a checkpoint; see `tnl.training.pretrain.train`.
 
@@ -167,4 +172,4 @@ def finetune(
     """
     check_method(settings.method, settings.model.to_config())
     task = Task(open_data, partial(apply_method, settings.method), trains_all(settings.method))
-    return train(settings, task, resume=resume, fresh=fresh, console=console)
+    return train(settings, task, resume=resume, fresh=fresh, console=console, start=start)

@@ -41,7 +41,7 @@ from tnl.training.run_folder import (
     network_config,
 )
 from tnl.training.run_identity import check_same_run, identity
-from tnl.training.same_start import check_same_data, check_same_start, check_shared
+from tnl.training.same_start import check_same_data, check_same_start, check_shared, gathered_starts
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
@@ -68,14 +68,25 @@ class Task:
 
 
 def pretrain(
-    settings: PretrainSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: PretrainSettings,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Pretrain, from random weights or a checkpoint; see `train`."""
-    return train(settings, Task(open_data), resume=resume, fresh=fresh, console=console)
+    return train(settings, Task(open_data), resume=resume, fresh=fresh, console=console, start=start)
 
 
 def train(
-    settings: RunSettings, task: Task, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: RunSettings,
+    task: Task,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Train until the last step, or until asked to stop.
 
@@ -83,6 +94,7 @@ def train(
         resume: ``auto`` goes on from the newest valid checkpoint of the run folder, a step number from that one.
         fresh: begin anew; an existing run folder is moved aside.
         console: where rank 0 reports; default the standard output.
+        start: the file that stands for what a launcher started; see `tnl.training.start`.
 
     Returns:
         ``finished`` or ``preempted`` (stopped on request, checkpoint saved: the same command goes on).
@@ -94,6 +106,7 @@ def train(
         raise ConfigError("--fresh: begins anew, and --resume goes on; give only one of them")
     ranks = init_ranks()
     check_same_start(settings, ranks)
+    starts = gathered_starts(start, ranks)
     # What can be refused is refused before the run folder is touched.
     _check_settings(settings, ranks)
     _check_base_elsewhere(settings)
@@ -122,7 +135,7 @@ def train(
                 check_run_folder(settings)
                 # Of an earlier run that ended before it saw it.
                 (settings.output / STOP_FILE).unlink(missing_ok=True)
-                record_start(settings.output, settings.train.steps)
+                record_start(settings.output, settings.train.steps, starts)
             except UserError as error:
                 problem = error
         ranks.raise_together(problem)

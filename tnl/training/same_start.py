@@ -18,6 +18,7 @@ from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.training.engine import Ranks
 from tnl.training.run_folder import flat_settings, versions
 from tnl.training.settings import RunSettings
+from tnl.training.start import start_id
 from tnl.training.status import FILE as STATUS
 
 SHOWN = 12  # differences in the message
@@ -68,6 +69,17 @@ def check_same_start(settings: RunSettings, ranks: Ranks) -> None:
         f"rank {names}: started with another configuration or code than rank 0; start every rank with the same "
         "command, packages and checkout\n" + "\n".join(lines)
     )
+
+
+def gathered_starts(start: Path | None, ranks: Ranks) -> list[str]:
+    """Which starts the ranks are of, one of each machine (see `tnl.training.start`); a collective.
+
+    Args:
+        start: of this rank; None without a launcher.
+    """
+    own = b"" if start is None else start_id(start).encode()
+    found = [own] if ranks.world_size == 1 else _gathered(own.ljust(16), ranks)
+    return sorted({content.decode().strip() for content in found} - {""})
 
 
 def check_same_data(fingerprint: str, ranks: Ranks) -> None:
