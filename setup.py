@@ -43,6 +43,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
+        "preference": ["peft>=0.20", "trl>=1.16"],
         "quant": ["accelerate", "bitsandbytes>=0.50", "torchao>=0.18"],
         "dev": [
             "accelerate",
@@ -55,6 +56,7 @@ setup(
             "ruff",
             "setuptools>=77",
             "torchao>=0.18",
+            "trl>=1.16",
         ],
     },
     entry_points={"console_scripts": ["tnl = tnl.cli:main"]},

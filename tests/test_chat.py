@@ -410,6 +410,15 @@ def test_options_are_checked_before_a_model_is_looked_for(tnl_command):
     assert (code, err) == (EXIT_USAGE, "error: max_new_tokens: must be 1 or more, got 0\n")
 
 
+@pytest.fixture
+def interrupts():
+    """The interrupt key raises; a shell starts what runs behind it with the key ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("source", [io.StringIO, Terminal])
 def test_the_interrupt_key_during_an_answer(source, loaded, say, monkeypatch):
     model, passes = loaded["plain"][0], []

@@ -57,6 +57,8 @@ UNUSABLE = {
     "no end": ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes no </s> behind an answer"),
     "no answer": ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", "does not write an answer as it is"),
     "one mark": (MARKED.replace("m.role ==", "loop.last and m.role =="), "marks 1 answers .* in a dialogue that has 2"),
+    "another prompt": (MARKED + "{% if add_generation_prompt %}ELSE{% endif %}", "its generation prompt is not what"),
+    "no question": (MARKED.replace("{% else %}{{ m.content }}", "{% else %}"), "leaves out the message before"),
     "empty marks": (MARKED.replace("{{ m.content }}{% endgen", "{% endgen"), "does not write an answer as it is"),
 }
 
@@ -70,6 +72,10 @@ def test_a_template_that_cannot_be_trained_on_is_refused(name):
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
+    "loop in the prompt": (
+        MARKED + "{% if add_generation_prompt %}" + FOR_EVER + "{% endif %}",
+        r"does not end within",
+    ),
     "loop": (FOR_EVER, r"does not end within 0\.5 s"),
     "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "'__class__' of 'str' object is unsafe"),
     "memory": ("{{ 'a' * 20000000000 }}", "needs more than 1 GiB of memory"),

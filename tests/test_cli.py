@@ -73,6 +73,8 @@ def test_help_of_a_command_shows_its_arguments_and_examples(words, tnl_command):
     for line in examples:
         assert line in out
     for parameter in COMMANDS[words].params:
+        if getattr(parameter, "hidden", False):
+            continue
         assert (parameter.opts[0] if parameter.param_type_name == "option" else parameter.name) in out.replace(
             "MODEL_OR_RUN", "model"
         )
@@ -305,7 +307,8 @@ def test_the_interrupt_key_ends_with_130(tnl_command, prepare_that):
 def test_the_outcome_of_training_is_the_exit_code(outcome, code, tnl_command, monkeypatch):
     calls = []
 
-    def run(settings, *, resume, fresh):
+    def run(settings, *, resume, fresh, start):
+        assert start is None
         calls.append((settings.train.steps, resume, fresh))
         return outcome
 

@@ -39,6 +39,19 @@ def test_the_slower_run_is_also_judged_when_the_quicker_has_ended(tmp_path):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"] == rows
 
 
+def test_runs_of_one_name_are_told_apart_and_what_is_not_known_is_null(tmp_path, tnl_command):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    runs = [run_of(tmp_path / place / "run", seconds=n, losses={40: 4.0}) for n, place in ((1.0, "a"), (0.25, "b"))]
+    code, out, _ = tnl_command("compare", *runs, "--output", tmp_path / "out")
+    assert code == 0
+    assert "a/run (tnl)" in out
+    assert "not known" in out
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert list(found["curves"]) == ["a/run", "b/run"]
+    assert [row["heldout_loss_at_equal_time"] for row in found["rows"]] == [None, 4.0]
+
+
 def test_the_command_prints_each_run(tmp_path, tnl_command):
     runs = [run_of(tmp_path / name, seconds=1.0, losses={40: 4.0}) for name in ("a", "b")]
     code, out, _ = tnl_command("compare", *runs, "--output", tmp_path / "out")
@@ -53,6 +66,10 @@ def test_bad_input_is_one_message(tmp_path, tnl_command):
     code, _, err = tnl_command("compare", run, run)
     assert (code, err.count("\n")) == (EXIT_DATA, 1)
     assert "no held-out loss to compare" in err
+    whole = run_of(tmp_path / "whole", seconds=1.0, losses={40: 4.0})
+    code, _, err = tnl_command("compare", whole, whole)
+    assert (code, err.count("\n")) == (EXIT_USAGE, 1)
+    assert "one of them is given twice" in err
     code, _, err = tnl_command("compare", run)
     assert (code, err.count("\n")) == (EXIT_USAGE, 1)
     assert "compare 2 to 4 run folders" in err

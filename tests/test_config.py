@@ -336,7 +336,7 @@ def test_missing_keys_are_all_named(tmp_path):
     with pytest.raises(ConfigError) as caught:
         config.load(PretrainSettings, file)
     cure = "missing, this key must be given"
-    keys = ["output", "model", "train", "optimizer.lr", "data"]
+    keys = ["output", "model", "data", "train", "optimizer.lr"]
     assert str(caught.value).splitlines() == [f"{file}: 5 problems", *(f"  {key}: {cure}" for key in keys)]
 
 

@@ -107,12 +107,17 @@ def test_examples_and_held_out_ones_are_a_function_of_data_and_seed(tmp_path, to
 
 
 def test_a_first_token_is_not_trained_for_nothing_stands_before_it(tmp_path, tokenizers):
-    only_answers = (
-        "{% for m in messages if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    plain = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content | trim }}{% endif %}{% endfor %}"
     )
-    (tmp_path / "x.jinja").write_text(only_answers)
+    (tmp_path / "x.jinja").write_text(plain)
+    # A character that the tokenizer's normalisation drops.
     data = opened(
-        tmp_path, tokenizers["ours"], [{"prompt": "a", "completion": "self value"}], template=str(tmp_path / "x.jinja")
+        tmp_path,
+        tokenizers["ours"],
+        [{"prompt": "\u0001", "completion": "self value"}],
+        template=str(tmp_path / "x.jinja"),
     )
     assert data.train[0][1].tolist() == [False] + [True] * (data.train.lengths[0] - 1)

@@ -23,7 +23,8 @@ from tnl.training.run_configuration import load_settings
 
 LORA = "method={kind: lora, rank: 4}"
 # Runs of two ranks.
-DIVIDED_TUNING = {"stage 3": [LORA, "train.micro_batch_size=1", "train.zero_stage=3", "checkpoint.every=4"]}
+STAGE_3 = ["train.zero_stage=3", "train.activation_checkpointing=selective"]
+DIVIDED_TUNING = {"stage 3": [LORA, *STAGE_3, "train.micro_batch_size=1", "checkpoint.every=4"]}
 DIVIDED_PRETRAINING = {"tensor parallel": ["train.tensor_parallel=2"]}
 
 
@@ -83,9 +84,10 @@ def test_a_run_learns_the_answers_and_reports_before_and_after(tuned):
     assert (effective["train"]["steps"], effective["schedule"]["warmup_steps"]) == (6, 1)
 
 
-def test_a_resumed_run_is_identical(folder, tuned):
+def test_a_resumed_run_is_identical(folder, tuned, capsys):
     straight, samples = trajectory(tuned), (tuned / "samples.jsonl").read_text()
     finetune(load_settings(FinetuneSettings, folder / "tune.yaml"), resume="4")
+    assert f"{rows(tuned, 'evaluation')[0]['loss']:.4f} nats before training" in capsys.readouterr().out
     assert trajectory(tuned) == straight
     assert (tuned / "samples.jsonl").read_text() == samples
 
@@ -100,6 +102,8 @@ def test_a_tuned_model_generates_with_its_template(tuned, tmp_path):
     assert tokenizer.chat_template == REFERENCE_TEMPLATE
     assert (export / "tokenizer.model").exists()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    turns = [{"role": role, "content": "3"} for role in ("user", "assistant", "user")]
+    assert tokenizer.apply_chat_template(turns, return_dict=False).count(tokenizer.eos_token_id) == 1
     found = model.generate(ids, max_new_tokens=4, do_sample=False, suppress_tokens=None)[0, ids.shape[1] :].tolist()
     found = found[: found.index(2)] if 2 in found else found
     last = json.loads((tuned / "samples.jsonl").read_text().splitlines()[-1])
@@ -167,6 +171,8 @@ def test_the_commands(folder, tnl_command):
     assert re.search(r"begins from .*model \([0-9a-f]{12}\)", out)
     assert "3,712 parameters train, the others stay as they are" in out
     assert "'count from 3' -> " in out
+    first, *_, last = (row["loss"] for row in rows(output, "evaluation"))
+    assert f"held-out loss: {first:.4f} nats before training, {last:.4f} after it" in out
     code, out, err = tnl_command("export", output, folder / "merged", "--merge", "--step", "best")
     assert code == 0, err
     assert (folder / "merged/model.safetensors").exists()
@@ -176,6 +182,8 @@ def test_the_commands(folder, tnl_command):
     assert (code, "--step newest: give the step of a checkpoint, or best" in err) == (2, True)
     code, _, err = tnl_command("finetune", folder / "tune.yaml", "method.kind=lora", "method.rnk=4")
     assert (code, "method.rnk: unknown key, did you mean rank?" in err) == (2, True)
+    code, _, err = tnl_command("finetune", folder / "tune.yaml", "init_from=./nowhere")
+    assert (code, "init_from: ./nowhere: no such folder; give a run folder" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +215,11 @@ def test_two_ranks_that_share_the_blocks_begin_from_a_checkpoint(folder, divided
     expected = [row["loss"] for row in rows(folder / "one")]
     for name in DIVIDED_PRETRAINING:
         assert [row["loss"] for row in rows(folder / name)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_that_becomes_no_token_is_refused(folder, tmp_path):
+    given = [f"output={tmp_path / 'run'}", "data.template=verbatim", "evaluation.prompts=['']"]
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml", given)
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: number 0 becomes no token by template verbatim"):
+        finetune(settings)
+    assert not (tmp_path / "run").exists()

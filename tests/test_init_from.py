@@ -179,8 +179,12 @@ def test_what_is_no_tnl_is_refused(folder, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="model_type 'llama', expected transnormer"):
         settings_from(folder, tmp_path / "llama", tmp_path / "run")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"init_from: .*nothing: no such folder; give a run folder"):
         settings_from(folder, tmp_path / "nothing", tmp_path / "run")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text("output: begun\n")
+    with pytest.raises(ConfigError, match=r"init_from: .*begun: a run without a checkpoint yet"):
+        settings_from(folder, tmp_path / "begun", tmp_path / "run")
 
 
 def test_pickled_weights_are_read(folder, tmp_path):
@@ -192,3 +196,19 @@ def test_pickled_weights_are_read(folder, tmp_path):
     assert all(is_finite(opened.read(name)) for name, _ in tiny_model(**IDS).named_parameters())
     saved = tiny_base(tmp_path / "safe", **IDS)
     assert open_files(settings_from(folder, saved, tmp_path / "run"), {}).weights.keys() <= opened.weights.keys()
+
+
+def test_a_run_that_would_begin_from_itself_is_refused_and_stays_as_it_is(folder, straight):
+    before = sorted(straight.rglob("*"))
+    with pytest.raises(ConfigError, match="lies in it; choose another"):
+        pretrain(settings_from(folder, straight, straight), fresh=True)
+    assert sorted(straight.rglob("*")) == before
+
+
+def test_a_base_that_computes_something_else_has_another_fingerprint(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    settings = settings_from(folder, tmp_path / "base", tmp_path / "run")
+    before = open_files(settings, {}).fingerprint
+    config.write_text(config.read_text().replace('"lrpe_phase_dtype": "activation"', '"lrpe_phase_dtype": "float32"'))
+    assert open_files(settings, {}).fingerprint != before

@@ -59,6 +59,8 @@ BAD = {
     "no output": ({"instruction": "q", "input": ""}, "no field 'output', found 'instruction, input'"),
     "empty output": ({"instruction": "q", "output": " \n"}, "field 'output' is empty"),
     "no instruction": ({"instruction": "", "input": "", "output": "a"}, "field 'instruction' is empty"),
+    "input alone": ({"input": "x", "output": "a"}, "no field 'instruction', found 'input, output'"),
+    "instruction null": ({"instruction": None, "input": "x", "output": "a"}, "no field 'instruction'"),
     "number": ({"instruction": "q", "output": 7}, "'output' must be a string, found int"),
     "number as input": ({"instruction": "q", "input": [], "output": "a"}, "'input' must be a string, found list"),
     "surrogate": ({"instruction": "q", "output": "\ud800"}, "half of a surrogate pair"),
@@ -150,6 +152,12 @@ def test_a_broken_array_is_refused_by_line_even_when_bad_records_are_skipped(tmp
     with pytest.raises(DataError, match=message) as raised:
         read(tmp_path / "data.json", format="prompt_completion", on_bad="skip", max_bad_fraction=1)
     assert str(raised.value).startswith(f"{tmp_path}/data.json:{line}: ")
+
+
+def test_an_array_with_a_byte_that_is_no_text_is_not_left_out(tmp_path):
+    (tmp_path / "data.json").write_bytes(b'[{"prompt": "q", "completion": "a"},\n{"prompt": "\xff"}]')
+    with pytest.raises(DataError, match=r"data\.json:2: not UTF-8 at byte 49"):
+        read(tmp_path / "data.json", format="prompt_completion", on_bad="skip", max_bad_fraction=1)
 
 
 def test_a_system_prompt_stands_before_every_dialogue_and_the_records_own(tmp_path):

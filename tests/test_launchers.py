@@ -1,12 +1,15 @@
 """The launchers: two nodes on one machine equal one, a request to stop reaches the run, exit codes are the run's."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +17,10 @@ import yaml
 from tests.checkout import ROOT, python_path
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree
+from tnl.errors import DataError
 from tnl.training.commit import CheckpointStore
 from tnl.training.lock import RunLock
+from tnl.training.start import noted_end, start_id
 from tnl.training.status import read_status, write_status
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
@@ -29,7 +34,13 @@ def environment(**more: str) -> dict[str, str]:
     return kept | own | {"GPUS": "1"} | more
 
 
-def launch(script: str, *arguments, **variables: str) -> subprocess.Popen:
+def launch(script: str, *arguments, terminal: int | None = None, **variables: str) -> subprocess.Popen:
+    """A launcher; in the foreground of ``terminal``, the file of a pseudo-terminal, where one is given."""
+    in_terminal = {
+        "stdin": terminal,
+        "start_new_session": True,
+        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    }
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts" / script), *map(str, arguments)],
         env=environment(**variables),
@@ -37,7 +48,25 @@ def launch(script: str, *arguments, **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **({} if terminal is None else in_terminal),
     )
+
+
+def supervised(tmp_path, output: Path, program: str) -> subprocess.Popen:
+    """A launcher of the run in ``output`` that starts a Python program, with the file of the start as its argument."""
+    (tmp_path / "program.py").write_text(program)
+    script = tmp_path / "launcher.sh"
+    lines = ["set -euo pipefail", f'source "{ROOT}/scripts/supervise.sh"', 'name_run "$@"']
+    script.write_text("\n".join([*lines, f'supervise "$PYTHON" "{tmp_path}/program.py" "$start"\n']))
+    return launch(script, output)
+
+
+def wait_for(is_so, *nodes: subprocess.Popen) -> None:
+    end = time.monotonic() + 200
+    while not is_so():
+        assert all(node.poll() is None for node in nodes), nodes[0].communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -68,19 +97,25 @@ def test_two_nodes_equal_one_and_save_when_asked(folder):
     place = f"127.0.0.1:{free_port()}"
     endless = ["--resume", "auto", config, f"output={two}", "train.steps=100000"]
     # A constant rate: how long a run is meant to be does not change its first steps.
-    nodes = [launch("launch_nodes.sh", 2, rank, place, *endless, "schedule.name=constant") for rank in (0, 1)]
-    end = time.monotonic() + 200
-    while not ((two / "metrics.jsonl").exists() and len(rows(two)) >= 6):
-        assert all(node.poll() is None for node in nodes), nodes[0].communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    # The other launcher's signal would come a moment later; one is enough for all nodes.
-    nodes[0].send_signal(signal.SIGTERM)
+    endless.append("schedule.name=constant")
+    keyboard, terminal = os.openpty()
+    nodes = [
+        launch("launch_nodes.sh", 2, 0, place, *endless, terminal=terminal),
+        launch("launch_nodes.sh", 2, 1, place, *endless),
+    ]
+    wait_for(lambda: (two / "metrics.jsonl").exists() and len(rows(two)) >= 6, *nodes)
+    # One launcher that is asked is enough for all nodes. Ctrl-C goes to whatever is in the terminal's foreground.
+    os.write(keyboard, b"\x03")
     texts = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [75, 75], texts
+    # torchrun would kill a save that takes longer than 30 seconds.
+    assert "death signal" not in texts[0]
     assert read_status(two)["state"] == "preempted"
     assert CheckpointStore(two / "checkpoints").steps() == [read_status(two)["step"]]
     assert not (two / "STOP").exists()
+    assert len(read_status(two)["starts"]) == 2
+    os.close(keyboard)
+    os.close(terminal)
     # Until the warm-up ends, the rates are equal.
     expected, found = rows(one), rows(two)
     assert [row["loss"] for row in found[:2]] == pytest.approx([row["loss"] for row in expected[:2]], rel=1e-5)
@@ -96,7 +131,98 @@ def test_status_ends_with_the_code_of_the_run(tmp_path, tnl_command, state, code
     found, out, err = tnl_command("status", tmp_path)
     assert (found, err) == (code, "")
     assert "running at step 3 of 12" in out
-    assert tnl_command("status", tmp_path, "--since", time.time() + 60)[0] == 2
+
+
+def test_status_and_stop_of_a_start_are_not_those_of_another(tmp_path, tnl_command):
+    own, other = tmp_path / "own", tmp_path / "other"
+    write_status(tmp_path, "running", 3, 12, starts=[start_id(own)])
+    assert tnl_command("stop", "--start-file", other, tmp_path)[0] == 2
+    assert not (tmp_path / "STOP").exists()
+    text = f"{tmp_path}: this start ended before the run began; its message stands above\n"
+    assert tnl_command("status", "--start-file", other, tmp_path) == (70, text, "")
+    # The first rank to fail knows why; what others meet follows from it.
+    for error in (DataError("no"), ValueError("the connection is lost")):
+        with pytest.raises(ValueError, match=str(error)), noted_end(other):
+            raise error
+    assert tnl_command("status", "--start-file", other, tmp_path) == (65, text, "")
+    # Later news of the run are of the same starts.
+    write_status(tmp_path, "running", 4, 12)
+    assert "running at step 4 of 12" in tnl_command("status", "--start-file", own, tmp_path)[1]
+    assert tnl_command("stop", "--start-file", own, tmp_path)[0] == 0
+    assert (tmp_path / "STOP").exists()
+
+
+def test_a_signal_before_the_run_began_ends_this_start_and_no_other(tmp_path):
+    output = tmp_path / "run"
+    lock = RunLock(output)
+    write_status(output, "running", 3, 12, starts=["another"])
+    before = read_status(output)
+    node = supervised(tmp_path, output, f"open({str(tmp_path / 'up')!r}, 'w'); import time; time.sleep(100)")
+    wait_for((tmp_path / "up").exists, node)
+    began = time.monotonic()
+    node.send_signal(signal.SIGTERM)
+    text = node.communicate(timeout=60)[0]
+    assert node.returncode == 143, text
+    assert text.splitlines()[-1] == f"{output}: this start ended before the run began; its message stands above"
+    assert time.monotonic() - began < 50
+    assert not (output / "STOP").exists()
+    assert read_status(output) == before
+    lock.close()
+
+
+def test_a_launcher_that_ends_takes_what_it_started_along(tmp_path):
+    """Also what the command itself leaves behind, and after a signal that does not ask for a checkpoint."""
+    program = f"""
+import os, signal, subprocess, sys
+inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{inner.pid}}\\n")
+signal.pause()
+"""
+    node = supervised(tmp_path, tmp_path, program)
+    pids = tmp_path / "pids"
+    wait_for(lambda: pids.exists() and pids.read_text().endswith("\n"), node)
+    node.send_signal(signal.SIGUSR1)
+    node.communicate(timeout=60)
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_folder_that_another_run_uses_is_refused_with_its_code(folder):
+    output = folder / "used"
+    lock = RunLock(output)
+    write_status(output, "running", 3, 12, starts=["another"])
+    node = launch("launch_node.sh", folder / "tiny.yaml", f"output={output}")
+    text = node.communicate(timeout=100)[0]
+    assert node.returncode == 78, text
+    assert f"error: {output}: in use by another process" in text
+    assert text.splitlines()[-1] == f"{output}: this start ended before the run began; its message stands above"
+    lock.close()
+
+
+def test_a_hostfile_starts_its_machines(folder, tmp_path):
+    """With a mistake that `tnl finetune` finds at once. DeepSpeed's launcher asks the first host for its address, even
+    where it then starts all ranks itself."""
+    (tmp_path / "ssh").write_text("#!/usr/bin/env bash\necho 127.0.0.1\n")
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    node = launch("launch_hostfile.sh", tmp_path / "hosts", "finetune", folder / "tiny.yaml", PATH=path)
+    text = node.communicate(timeout=100)[0]
+    assert "init_from: missing, this key must be given" in text
+    assert node.returncode == 2
+
+
+def test_a_hostfile_that_is_not_there_is_refused(folder, tmp_path):
+    node = launch("launch_hostfile.sh", tmp_path / "hots", folder / "tiny.yaml")
+    assert node.communicate(timeout=30)[0] == f"error: {tmp_path / 'hots'}: no such hostfile\n"
+    assert node.returncode == 2
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path, tnl_command):
@@ -150,8 +276,8 @@ def test_launchers_without_arguments_say_how_they_are_used():
         (70, 0, 70, True),
         (70, 3, 70, False),
         (2, 0, 2, False),
-        # A start that was refused before it touched the run folder: the 75 there is of the start before.
-        (None, 0, 2, False),
+        # A start that ended before it touched the run folder: the 75 there is of the start before.
+        (None, 0, 1, False),
     ],
 )
 def test_a_slurm_job_goes_back_into_the_queue_when_its_run_can_go_on(
@@ -164,10 +290,12 @@ def test_a_slurm_job_goes_back_into_the_queue_when_its_run_can_go_on(
     given = tmp_path / "given"
     stubs = {"srun": f'echo "$*" >"{given}"; exit 1', "scontrol": f'echo "$*" >>"{tmp_path}/asked"; echo localhost'}
     if code is not None:
-        ended = json.dumps(
-            {"state": "failed", "step": 6, "total_steps": 12, "time": time.time() + 60, "exit_code": code}
+        program = (
+            "import sys; from pathlib import Path; from tnl.training.start import start_id; "
+            "from tnl.training.status import write_status; start = Path(sys.argv[sys.argv.index('--start-file') + 1]); "
+            f"write_status(Path('{output}'), 'failed', 6, 12, exit_code={code}, starts=[start_id(start)])"
         )
-        stubs["srun"] = f"echo '{ended}' >'{output}/run_status.json'; {stubs['srun']}"
+        stubs["srun"] = f'"$PYTHON" -c "{program}" "$@"; {stubs["srun"]}'
     (tmp_path / "bin").mkdir()
     for name, text in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -189,5 +317,6 @@ def test_a_slurm_job_goes_back_into_the_queue_when_its_run_can_go_on(
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == ["show hostnames localhost", *["requeue 7"] * is_queued]
     # What comes back from the queue goes on where it stopped.
-    command = " ".join(["tnl pretrain", *(named if restarts else ["--fresh", *named, "--resume=3", "--resume 5"])])
-    assert given.read_text().strip().endswith(command)
+    _, _, command = given.read_text().strip().partition(" -m tnl pretrain --start-file ")
+    expected = named if restarts else ["--fresh", *named, "--resume=3", "--resume 5"]
+    assert command.partition(" ")[2] == " ".join(expected)

@@ -59,7 +59,9 @@ def test_cures_are_settings_that_go_together(tmp_path, overrides, offered):
         assert tiny_run(tmp_path, tmp_path, *given, *cure.split())
 
 
-def test_a_llama_gets_the_cures(tmp_path):
-    settings = tiny_run(tmp_path, tmp_path)
-    llama = settings.model_copy(update={"model": settings.model.model_copy(update={"kind": "llama"})})
-    assert "train.micro_batch_size" in advice(llama, 1)
+def test_a_llama_gets_the_cures_of_its_own_plan(tmp_path):
+    assert "train.micro_batch_size" in advice(tiny_run(tmp_path, tmp_path, "model.kind=llama"), 1)
+    least = ("train.activation_checkpointing=full", "train.micro_batch_size=1", "train.zero_stage=2")
+    found = advice(tiny_run(tmp_path, tmp_path, "model.kind=llama", *least), 1)
+    assert "tnl plan expects tensors of" in found
+    assert "what would take less: a shorter train.sequence_length, or more GPUs" in found

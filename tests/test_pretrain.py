@@ -153,6 +153,14 @@ def test_resuming_an_older_step_sets_newer_checkpoints_aside(shards, straight, t
     assert trajectory(output) == trajectory(straight)
 
 
+def test_a_stop_that_an_earlier_run_did_not_see_stops_no_later_one(shards, tmp_path):
+    settings = tiny_run(shards, tmp_path / "run", "train.steps=3", "checkpoint.every=3")
+    settings.output.mkdir()
+    (settings.output / "STOP").touch()
+    assert train(settings)[0] == "finished"
+    assert not (settings.output / "STOP").exists()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

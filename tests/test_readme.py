@@ -1,15 +1,15 @@
 """The README's figures are the stored measurement, and its commands are ones that the program takes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.checkout import ROOT, python_path
+from tests.checkout import ROOT
 from tests.released_layout import hub_cache, released_model, write_released
 from tests.task_files import write_paper
+from tests.test_processes import environment
 from tests.tiny_folder import tiny_folder
 from tnl.config import find_config
 
@@ -90,7 +90,7 @@ def run_as_it_stands(text: str, folder: Path) -> tuple[list[list[str]], str]:
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)],
         cwd=folder,
-        env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()},
+        env=environment(HF_HUB_CACHE=str(folder / "hub"), HF_HUB_OFFLINE="1"),
         input="Hello\n",
         capture_output=True,
         text=True,

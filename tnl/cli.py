@@ -3,7 +3,6 @@
 Heavy imports happen inside them, so that ``tnl --help`` is quick.
 """
 
-import errno
 import logging
 import sys
 import traceback
@@ -12,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tnl.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_MACHINE, EXIT_PREEMPTED, UserError
+from tnl.errors import EXIT_CANNOT_WRITE, EXIT_MACHINE, EXIT_PREEMPTED, UserError, exit_code
 from tnl.tools.bench_commands import bench_app
 from tnl.tools.data_commands import Config, Overrides, data_app
 from tnl.tools.evaluate_commands import Model, evaluate
@@ -32,13 +31,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_app, name="probe")
 
-# What a disk or its owner answers; anything else is a defect of ours.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
-
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among tokens that hold this probability together.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+# torchrun takes --start for an option of its own.
+Start = Annotated[Path | None, typer.Option("--start-file", help="Stands for the start of a launcher.", hidden=True)]
 
 
 @app.callback(invoke_without_command=True)
@@ -58,6 +56,7 @@ def pretrain(
         str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")
     ] = "auto",
     fresh: Annotated[bool, typer.Option(help="Begin anew; an existing run folder is moved aside.")] = False,
+    start: Start = None,
 ) -> None:
     """Pretrain from one YAML; the same command goes on where it stopped.
 
@@ -71,11 +70,14 @@ def pretrain(
     """
     from tnl.training.run_configuration import load_settings
     from tnl.training.settings import PretrainSettings
+    from tnl.training.start import noted_end
 
-    settings = load_settings(PretrainSettings, config, overrides)
-    from tnl.training.pretrain import pretrain as run
+    with noted_end(start):
+        settings = load_settings(PretrainSettings, config, overrides)
+        from tnl.training.pretrain import pretrain as run
 
-    if run(settings, resume=resume, fresh=fresh) == "preempted":
+        outcome = run(settings, resume=resume, fresh=fresh, start=start)
+    if outcome == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -87,6 +89,7 @@ def finetune(
         str, typer.Option(help="auto: the newest valid checkpoint of the run folder; or a step.")
     ] = "auto",
     fresh: Annotated[bool, typer.Option(help="Begin anew; an existing run folder is moved aside.")] = False,
+    start: Start = None,
 ) -> None:
     """Tune a checkpoint on instructions, all of it or by LoRA; the same command goes on where it stopped.
 
@@ -96,15 +99,18 @@ def finetune(
 
         tnl finetune finetune/alpaca-1b-lora init_from=runs/mine method.rank=32
 
-        torchrun --standalone --nproc-per-node 8 -m tnl finetune finetune/alpaca-7b-lora-zero3
+        bash scripts/launch_node.sh finetune finetune/alpaca-7b-lora-zero3
     """
     from tnl.training.finetune_settings import FinetuneSettings
     from tnl.training.run_configuration import load_settings
+    from tnl.training.start import noted_end
 
-    settings = load_settings(FinetuneSettings, config, overrides)
-    from tnl.training.finetune import finetune as run
+    with noted_end(start):
+        settings = load_settings(FinetuneSettings, config, overrides)
+        from tnl.training.finetune import finetune as run
 
-    if run(settings, resume=resume, fresh=fresh) == "preempted":
+        outcome = run(settings, resume=resume, fresh=fresh, start=start)
+    if outcome == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -354,7 +360,7 @@ Run = Annotated[str, typer.Argument(help="Run folder, or the configuration that 
 def status(
     run: Run,
     overrides: Overrides = None,
-    since: Annotated[float, typer.Option(help="Take no news from before this time, seconds since 1970.")] = 0.0,
+    start: Start = None,
 ) -> None:
     """How a run stands; ends with the exit code of the run, which torchrun and deepspeed lose.
 
@@ -367,11 +373,11 @@ def status(
     from tnl.tools.status import run_folder
     from tnl.tools.status import status as show
 
-    raise typer.Exit(show(run_folder(run, overrides or []), since))
+    raise typer.Exit(show(run_folder(run, overrides or []), start))
 
 
 @app.command()
-def stop(run: Run, overrides: Overrides = None) -> None:
+def stop(run: Run, overrides: Overrides = None, start: Start = None) -> None:
     """Ask a run, on whatever machines it is, to save a checkpoint and end; the command that started it goes on later.
 
     Example:
@@ -381,7 +387,7 @@ def stop(run: Run, overrides: Overrides = None) -> None:
     from tnl.tools.status import run_folder
     from tnl.tools.status import stop as ask
 
-    ask(run_folder(run, overrides or []))
+    ask(run_folder(run, overrides or []), start)
 
 
 @app.command()
@@ -421,16 +427,16 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in DISK_ERRORS or error.filename is None:
-            _end_internal()
+        if exit_code(error) != EXIT_CANNOT_WRITE:
+            _end_internal(error)
         print(f"error: {error.filename}: {error.strerror}; make room or make it accessible", file=sys.stderr)
         sys.exit(EXIT_CANNOT_WRITE)
-    except Exception:
-        _end_internal()
+    except Exception as error:
+        _end_internal(error)
 
 
-def _end_internal() -> None:
+def _end_internal(error: Exception) -> None:
     """End with the traceback of a defect of ours."""
     traceback.print_exc()
     print("internal error: please report the lines above", file=sys.stderr)
-    sys.exit(EXIT_INTERNAL)
+    sys.exit(exit_code(error))

@@ -5,6 +5,7 @@ our own are ``assert`` statements and end with `EXIT_INTERNAL`.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0  # finished all steps
@@ -17,6 +18,8 @@ EXIT_PREEMPTED = 75  # asked to stop, checkpoint saved: start again to continue
 EXIT_NON_FINITE = 76  # loss or gradients stayed non-finite beyond the limit
 EXIT_CHECKPOINT = 77  # checkpoint corrupt or incompatible
 EXIT_IN_USE = 78  # the run folder is in use by another process
+# What a disk or its owner answers; anything else is a defect of ours.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -57,6 +60,15 @@ class RunInUseError(UserError):
     """Another process holds the run folder."""
 
     exit_code = EXIT_IN_USE
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a process ends with whose command raised ``error``."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is not None:
+        return EXIT_CANNOT_WRITE
+    return EXIT_INTERNAL
 
 
 def plain_name(name: str) -> str:

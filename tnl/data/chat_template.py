@@ -24,6 +24,8 @@ VERBATIM_TEMPLATE = (
 )
 _OWN = {"reference": REFERENCE_TEMPLATE, "verbatim": VERBATIM_TEMPLATE}
 _BEGIN = "{{- bos_token -}}"
+# As runs save it; known, it is rendered without a process of its own.
+SAVED_REFERENCE = (REFERENCE_TEMPLATE, _BEGIN + REFERENCE_TEMPLATE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _MAX_FILE_BYTES = 2**20
 
@@ -102,6 +104,8 @@ def render_dialogue(template: str, messages: list[dict[str, str]], tokens: dict[
         marks = [_added_text(template, messages, i, tokens, text) for i in turns]
     elif len(marks) != len(turns):
         raise ValueError(f"it marks {len(marks)} answers with {{% generation %}} in a dialogue that has {len(turns)}")
+    else:
+        _check_prompt(template, messages[: turns[-1]], tokens, text, marks[-1][0])
     eos, answers = tokens["eos_token"], []
     for i, (start, end) in zip(turns, marks, strict=True):
         if messages[i]["content"].strip() not in text[start:end]:
@@ -135,6 +139,18 @@ def _render(
         **tokens,
     )
     return texts[0], [tuple(mark) for mark in marks[0]] if marked else []
+
+
+def _check_prompt(template: str, messages: list[dict[str, str]], tokens: dict[str, str], text: str, start: int) -> None:
+    """Refuse a template with marks whose generation prompt is not what it wrote behind ``messages``, around where the
+    answer begins at ``start`` in ``text``; what stands before may depend on later messages."""
+    question = messages[-1]["content"].strip() if messages else ""
+    if question not in text[:start]:
+        raise ValueError("it leaves out the message before an answer; write message['content'] there, too")
+    without, before = (_render(template, messages, tokens, prompt=prompt)[0] for prompt in (False, True))
+    added = before.removeprefix(without)
+    if added not in text[max(0, start - len(added)) : start + len(added)]:
+        raise ValueError("its generation prompt is not what it writes before an answer; write the same in both places")
 
 
 def _added_text(

@@ -10,7 +10,6 @@ from tnl.data.records import (
     SourceCounts,
     bad_record,
     dataset_rows,
-    decode,
     files_below,
     jsonl_records,
     show,
@@ -55,9 +54,13 @@ def _is_array(file: Path) -> bool:
 def _array_records(source: JsonInstructions, counts: SourceCounts, file: Path) -> Iterator[tuple[str, object]]:
     data = file.read_bytes()
     body = data.removeprefix(BOM)
-    text = decode(source, counts, str(file), len(data) - len(body), body)
-    if text is None:
-        return
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # Where the records end cannot be told, so none of them is skipped.
+        line = 1 + body.count(b"\n", 0, error.start)
+        what = f"not UTF-8 at byte {error.start + len(data) - len(body)}"
+        raise _broken(file, line, what, body[error.start : error.start + 20].decode("latin-1")) from error
     position = _skip_blanks(text, 0) + 1
     line, counted = 1, 0
     while True:

@@ -150,6 +150,8 @@ def _alpaca(record: dict) -> Messages:
     """With an input, the instruction stands before the dialogue and the input is what the user says, as the reference
     has it."""
     answer, further = _text(record, "output"), _optional_text(record, "input")
+    if "instruction" not in record or record["instruction"] is None:
+        raise ValueError(f"no field {show('instruction')}, found {show(', '.join(map(str, record)))}")
     instruction = _text(record, "instruction") if not further.strip() else _optional_text(record, "instruction")
     return _turn(further, answer, instruction) if further.strip() else _turn(instruction, answer)
 

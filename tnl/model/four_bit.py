@@ -1,5 +1,6 @@
 """Linear layers whose weights are kept in 4 bits and do not train: the base of QLoRA (arXiv 2305.14314), by torchao."""
 
+import importlib.util
 from collections.abc import Iterable
 
 import torch
@@ -62,25 +63,30 @@ class FourBitLinear(nn.Linear):
         return sum(getattr(self.packed, name).nbytes for name in self.packed.__tensor_flatten__()[0])
 
 
-def to_four_bits(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Keep in 4 bits, on ``device``, the weights of all linear layers whose last names are among ``names``.
+def _named(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Linear]]:
+    """The linear layers whose last names are among ``names``."""
+    endings = tuple(f".{name}" for name in names)
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and f".{n}".endswith(endings)]
 
-    They are packed one by one, so that the device never holds more than one of them as it was.
+
+def check_four_bits(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse what `to_four_bits` cannot do; the model may be on the meta device.
 
     Raises:
         ValueError: torchao is not there, or a layer's weights are no whole number of blocks.
     """
-    try:
-        import torchao  # noqa: F401 - only whether it is there
-    except ImportError:
-        raise ValueError("method.base_bits: 4 needs torchao; install it, or set base_bits: 16") from None
-    names = tuple(f".{name}" for name in names)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and f".{name}".endswith(names):
-            if layer.weight.numel() % BLOCK:
-                raise ValueError(
-                    f"method.base_bits: {name} has {layer.weight.numel()} weights, no multiple of {BLOCK}; set "
-                    "base_bits: 16"
-                )
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, FourBitLinear(layer, device))
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError("4 needs torchao; install it: pip install 'transnormer-llm[quant]', or set 16")
+    for name, layer in _named(model, names):
+        if layer.weight.numel() % BLOCK:
+            raise ValueError(f"{name} has {layer.weight.numel()} weights, no multiple of {BLOCK}; set 16")
+
+
+def to_four_bits(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Keep in 4 bits, on ``device``, the weights of all linear layers whose last names are among ``names``.
+
+    They are packed one by one, so that the device never holds more than one of them as it was.
+    """
+    for name, layer in _named(model, names):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, FourBitLinear(layer, device))

@@ -26,7 +26,7 @@ from tnl.training.engine import PRECISION, Ranks, build_engine, build_model, ini
 from tnl.training.finetune_settings import FinetuneSettings
 from tnl.training.initialization import Read
 from tnl.training.mesh import build_mesh
-from tnl.training.methods import apply_method
+from tnl.training.methods import apply_method, check_method
 from tnl.training.timing import StepTimer
 from tnl.training.train_step import TrainStep
 
@@ -234,6 +234,7 @@ def _stepping(settings: FinetuneSettings, ranks: Ranks) -> Iterator[Callable[[li
     gc.collect()
     start_peak(ranks.device)
     network = settings.model.to_config()
+    check_method(settings.method, network)
     read = random_weights(network, PRECISION[settings.train.precision], ranks.device)
     model = build_model(lambda: TransnormerForCausalLM(network), settings, ranks, read=read)
     apply_method(settings.method, model, ranks.device)

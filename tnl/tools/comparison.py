@@ -16,6 +16,7 @@ from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter
 from tnl.tools.report import read_metrics
 from tnl.tools.score_comparison import compare_scores, is_result, lines
 from tnl.tools.tables import format_rows
+from tnl.training.metrics import finite_or_none
 
 # By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
 LINES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (GREY, "D:"))
@@ -94,11 +95,12 @@ def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], Non
             report(f"note: {note}")
     else:
         for row in compare(paths, folder):
+            equal = row["heldout_loss_at_equal_time"]
             facts = {
                 "tokens": f"{row['tokens']:,}",
                 "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
                 "held-out loss": f"{row['heldout_loss']:.4f} nats",
-                "held-out loss when the first run had ended": f"{row['heldout_loss_at_equal_time']:.4f} nats",
+                "held-out loss when the shortest run had ended": "not known" if equal is None else f"{equal:.4f} nats",
             }
             report(format_rows(f"{row['run']} ({row['kind']})", list(facts.items())))
     report(f"plot: {folder / 'comparison.png'}")
@@ -116,24 +118,28 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
         raise ConfigError(f"runs: {len(runs)} given; compare 2 to {len(LINES)} run folders")
     curves = [read_curve(run) for run in runs]
     shortest = min(curve.seconds[-1] for curve in curves)
+    names = _distinct_names(runs)
     rows = [
         {
-            "run": curve.name,
+            "run": name,
             "kind": curve.kind,
             "tokens": int(curve.tokens[-1]),
             "tokens_per_s": curve.rate,
             "seconds": float(curve.seconds[-1]),
             "heldout_loss": float(curve.loss[-1]),
-            "heldout_loss_at_equal_time": curve.loss_after(shortest),
+            "heldout_loss_at_equal_time": finite_or_none(curve.loss_after(shortest)),
         }
-        for curve in curves
+        for name, curve in zip(names, curves, strict=True)
     ]
     columns = ("tokens", "seconds", "loss")
-    points = {curve.name: {key: getattr(curve, key).tolist() for key in columns} for curve in curves}
+    points = {
+        name: {key: getattr(curve, key).tolist() for key in columns} for name, curve in zip(names, curves, strict=True)
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(curves, folder / "comparison.png")
-        write_atomically(folder / "comparison.json", json.dumps({"rows": rows, "curves": points}, indent=1) + "\n")
+        _draw(curves, names, folder / "comparison.png")
+        text = json.dumps({"rows": rows, "curves": points}, indent=1, allow_nan=False)
+        write_atomically(folder / "comparison.json", text + "\n")
     except OSError as error:
         raise CannotWriteError(
             f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
@@ -141,7 +147,23 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
     return rows
 
 
-def _draw(curves: list[Curve], path: Path) -> None:
+def _distinct_names(runs: list[Path]) -> list[str]:
+    """The last parts of the folders, as many as tell them apart.
+
+    Raises:
+        ConfigError: a run is given twice.
+    """
+    whole = [run.resolve() for run in runs]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"runs: {', '.join(map(str, runs))}: one of them is given twice; compare different runs")
+    for count in range(1, max(len(path.parts) for path in whole) + 1):
+        names = ["/".join(path.parts[-count:]) for path in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError(whole)
+
+
+def _draw(curves: list[Curve], names: list[str], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -154,8 +176,8 @@ def _draw(curves: list[Curve], path: Path) -> None:
             ("training tokens", "seconds of training"),
             strict=True,
         ):
-            for curve, (color, style) in zip(curves, LINES, strict=False):
-                label = f"{curve.name} ({curve.kind})"
+            for curve, name, (color, style) in zip(curves, names, LINES, strict=False):
+                label = f"{name} ({curve.kind})"
                 axes.plot(getattr(curve, key), curve.loss, style, ms=4, color=color, label=label)
             axes.set(title=title, xlabel=unit, ylabel="nats per token")
             axes.xaxis.set_major_formatter(number_formatter())

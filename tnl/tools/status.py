@@ -6,6 +6,7 @@ from pathlib import Path
 from tnl import config
 from tnl.errors import EXIT_INTERNAL, ConfigError
 from tnl.training.lock import is_abandoned
+from tnl.training.start import read_end, start_id
 from tnl.training.status import FILE, IN_PROGRESS, read_status
 from tnl.training.stop import STOP_FILE
 
@@ -36,34 +37,45 @@ def _recorded(run: Path) -> dict:
     return found
 
 
-def status(run: Path, since: float = 0.0, report=print) -> int:
+def _is_of(run: Path, start: Path) -> bool:
+    """Whether what is recorded is of the run that ``start`` became."""
+    return start_id(start) in read_status(run).get("starts", [])
+
+
+def status(run: Path, start: Path | None = None, report=print) -> int:
     """Print the state of a run folder in a line.
 
     Args:
-        since: seconds since 1970; what was recorded before is of an earlier start.
+        start: the file of a start (see `tnl.training.start`), whose run alone is meant.
 
     Returns:
         The exit code of the run. `EXIT_INTERNAL` where it has none: it is in progress, or was killed.
 
     Raises:
-        ConfigError: nothing was recorded, or not since then.
+        ConfigError: nothing was recorded.
     """
+    if start is not None and not _is_of(run, start):
+        report(f"{run}: this start ended before the run began; its message stands above")
+        return read_end(start)
     found = _recorded(run)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["time"]))
-    if found["time"] < since:
-        raise ConfigError(f"{run}: this start ended before the run began; its message stands above (last news: {when})")
     error = f": {found['error']}" if found.get("error") else ""
     report(f"{run}: {found['state']} at step {found['step']} of {found['total_steps']}, {when}{error}")
     code = found.get("exit_code")
     return EXIT_INTERNAL if code is None else int(code)
 
 
-def stop(run: Path, report=print) -> None:
+def stop(run: Path, start: Path | None = None, report=print) -> None:
     """Ask a run, on whatever machines it is, to save a checkpoint after its step and to end.
+
+    Args:
+        start: the file of a start (see `tnl.training.start`), whose run alone is meant.
 
     Raises:
         ConfigError: no run is in progress there.
     """
+    if start is not None and not _is_of(run, start):
+        raise ConfigError(f"{run}: this start has not begun to train there, nothing to stop")
     state = _recorded(run)["state"]
     if state != "running":
         raise ConfigError(f"{run}: {state}, nothing to stop")

@@ -1,5 +1,7 @@
 """The checkpoint that a run begins from, ``init_from``: what model it holds, and its weights one by one."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,13 @@ import torch.distributed as dist
 from tnl.errors import CheckpointError, ConfigError, UserError
 from tnl.generation.load import load_config
 from tnl.model.configuration import TransnormerConfig
-from tnl.model.fingerprint import tensors_digest
+from tnl.model.fingerprint import architecture, tensors_digest
 from tnl.model.loading import is_finite
 from tnl.model.modeling import TransnormerForCausalLM
 from tnl.model.settings import ModelSettings
 from tnl.model.weight_files import read_weights, weight_files
 from tnl.training.engine import Ranks
-from tnl.training.export import is_run_folder, resolve_model
+from tnl.training.export import is_run_folder, local_folder, resolve_model
 from tnl.training.run_configuration import model_differences
 from tnl.training.run_folder import run_config
 from tnl.training.settings import RunSettings
@@ -32,9 +34,13 @@ def base_config(name: str) -> TransnormerConfig:
     Raises:
         ConfigError: there is none, or it is of another kind of model.
     """
-    if not is_run_folder(Path(name)):
+    try:
+        folder = local_folder(name)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from None
+    if folder is None or not is_run_folder(folder):
         return load_config(name)
-    config = run_config(Path(name))
+    config = run_config(folder)
     if not isinstance(config, TransnormerConfig):
         raise ConfigError(f"init_from: {name}: a run of a {config.model_type}; give one of model.kind tnl")
     return config
@@ -49,7 +55,7 @@ class BaseCheckpoint:
         folder: where its files are.
         config: of the model that is trained: that of the checkpoint, with the run's vocabulary.
         weights: of the checkpoint, memory-mapped.
-        fingerprint: of configuration and weights; see `tnl.model.fingerprint.tensors_digest`.
+        fingerprint: of configuration and weights; see `tnl.model.fingerprint`.
     """
 
     name: str
@@ -139,7 +145,8 @@ def open_files(settings: RunSettings, record: dict, *, checks_values: bool = Fal
         raise CheckpointError(
             f"{folder}: not finite: {', '.join(not_finite)}; export or download the model again, or take another"
         )
-    fingerprint = tensors_digest(weights.items())
+    computed = json.dumps(architecture(config), sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(f"{tensors_digest(weights.items())} {computed}".encode()).hexdigest()
     config.vocab_size = settings.model.vocab_size
     return BaseCheckpoint(name, folder, config, weights, fingerprint, settings.seed)
 

@@ -30,7 +30,8 @@ class RunState:
     tokens: int = 0  # tokens consumed
     skipped_steps: int = 0  # left out because a gradient was not finite
     consecutive_skipped: int = 0
-    best_loss: float | None = None  # lowest held-out loss, in nats
+    first_loss: float | None = None  # held-out loss before the first step, in nats
+    best_loss: float | None = None  # lowest held-out loss after some step
     best_step: int | None = None  # where it was found
 
     def count(self, tokens: int, *, applied: bool) -> None:
@@ -161,7 +162,7 @@ def save_checkpoint(
         ranks.raise_together(None if files.error is None else store.cannot_write(temporary, files.error))
         if ranks.is_main:
             try:
-                records = _gather_records(temporary)
+                records = _gather_records(temporary, ranks.world_size)
                 store.commit(state.step, fields | {"run": asdict(state), "world_size": ranks.world_size}, records)
             except (CannotWriteError, OSError) as error:
                 problem = error if isinstance(error, CannotWriteError) else store.cannot_write(temporary, error)
@@ -190,10 +191,21 @@ def _write_rank_files(folder: Path, records: dict[str, dict], ranks: Ranks) -> N
     (folder / f"{RECORDS}{ranks.rank:05d}.json").write_text(json.dumps(records))
 
 
-def _gather_records(folder: Path) -> dict[str, dict]:
-    """The records of all ranks; their files are not part of the checkpoint."""
+def _gather_records(folder: Path, world_size: int) -> dict[str, dict]:
+    """The records of all ranks; their files are not part of the checkpoint.
+
+    Raises:
+        CannotWriteError: those of some ranks are not there.
+    """
+    files = {rank: folder / f"{RECORDS}{rank:05d}.json" for rank in range(world_size)}
+    missing = [str(rank) for rank, file in files.items() if not file.is_file()]
+    if missing:
+        raise CannotWriteError(
+            f"{folder}: the files of rank {', '.join(missing)} are not there; output must be on a file system that all "
+            "machines share"
+        )
     gathered = {}
-    for file in folder.glob(f"{RECORDS}*.json"):
+    for file in files.values():
         gathered |= json.loads(file.read_text())
         file.unlink()
     return gathered

@@ -1,8 +1,9 @@
 """The DeepSpeed engine of a run: process environment, DeepSpeed configuration, construction."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from tnl.training.gradient_reduction import passes_of_engine
 from tnl.training.initialization import Read, partitioned_model, read_model, sliced_model
 from tnl.training.memory import PREFETCH_BUCKET, REDUCE_BUCKET, overlaps
 from tnl.training.optimizer import build_optimizer
+from tnl.training.rendezvous import meet
 from tnl.training.settings import RunSettings, TrainSettings
 from tnl.training.tensor_groups import TensorGroups
 
@@ -60,12 +62,22 @@ class Ranks:
         if code:
             raise codes.get(int(code), UserError)(ELSEWHERE)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on every rank, and end all ranks when one has a problem in it."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.raise_together(problem)
+
 
 def init_ranks() -> Ranks:
     """Join the process group that torchrun describes; without a launcher, be the only process.
 
     Raises:
-        ConfigError: some of the launcher's variables are set and others are not.
+        ConfigError: some of the launcher's variables are set and others are not, or not all processes came.
     """
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
     if missing and "RANK" in os.environ:
@@ -89,7 +101,10 @@ def init_ranks() -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not dist.is_initialized():
         backend, bound = ("nccl", device) if cuda else ("gloo", None)
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+        store, rank, world_size = meet()
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=bound
+        )
         deepspeed.init_distributed(verbose=False)  # takes the group over
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -211,15 +226,25 @@ def build_model(
     return partitioned_model(make, dtype, deepspeed_config(settings, ranks.world_size), read)
 
 
+def _gather_whole_blocks(model: PreTrainedModel) -> None:
+    """At ZeRO-3 have the weights of a block gathered before it runs, and not inside, module by module: neither can that
+    be compiled, nor is it done twice alike, as selective checkpointing demands, which counts operators."""
+    deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.requires_grad:
+        # The weights of a block whose input needs no gradient are given away at the beginning of its backward pass.
+        embeddings.register_forward_hook(lambda module, args, x: x.requires_grad_(torch.is_grad_enabled()))
+
+
 def build_engine(
     settings: RunSettings, model: torch.nn.Module, ranks: Ranks, tensor: TensorGroups | None = None
 ) -> deepspeed.DeepSpeedEngine:
     """Move the model to its device and dtype, and hand it with its optimizer to DeepSpeed."""
     model.to(device=ranks.device, dtype=PRECISION[settings.train.precision])
     prepare_blocks(model, settings.train, ranks.device)
-    if settings.train.compile and settings.train.zero_stage == 3:
-        # The weights of a block are gathered before its compiled code and not inside, module by module.
-        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+    selects = settings.train.activation_checkpointing.startswith("selective")
+    if settings.train.zero_stage == 3 and (settings.train.compile or selects):
+        _gather_whole_blocks(model)
     optimizer = build_optimizer(
         model,
         settings.optimizer,

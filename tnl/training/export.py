@@ -165,6 +165,27 @@ def _consolidated_part(checkpoint: Path, part: int) -> dict[str, torch.Tensor]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = previous
 
 
+def local_folder(name: str) -> Path | None:
+    """The run folder or model folder that ``name`` is; None where it is a hub name.
+
+    Raises:
+        ConfigError: a folder that is neither, or none at all.
+    """
+    path = Path(name)
+    if not path.exists():
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
+            return None
+        raise ConfigError(
+            f"{name}: no such folder; give a run folder, a model folder, or a hub name such as "
+            "OpenNLPLab/TransNormerLLM-385M"
+        )
+    if (path / CONFIG).is_file() and not is_run_folder(path):
+        raise ConfigError(f"{name}: a run without a checkpoint yet; let it reach checkpoint.every steps")
+    if not is_run_folder(path) and not (path / "config.json").is_file():
+        raise ConfigError(f"{name}: neither a run folder nor a model folder (config.json expected)")
+    return path
+
+
 def resolve_model(name: str, warn=print) -> str:
     """What ``from_pretrained`` can load for ``name``: a model folder or hub name as it is, a run folder by its
     newest export, where an adapter is merged.
@@ -173,14 +194,9 @@ def resolve_model(name: str, warn=print) -> str:
         ConfigError: a folder that is neither.
         CheckpointError, CannotWriteError: as `export_run`.
     """
-    path = Path(name)
-    if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
-            return name
-        raise ConfigError(
-            f"{name}: no such folder; give a run folder, a model folder, or a hub name such as "
-            "OpenNLPLab/TransNormerLLM-385M"
-        )
+    path = local_folder(name)
+    if path is None:
+        return name
     if is_run_folder(path):
         store = CheckpointStore(path / CHECKPOINTS)
         step = store.newest_valid(warn)
@@ -191,6 +207,4 @@ def resolve_model(name: str, warn=print) -> str:
         if not export.exists():
             export_run(path, export, step, warn, merge=_is_lora(load_run_settings(path)))
         return str(export)
-    if (path / "config.json").is_file():
-        return name
-    raise ConfigError(f"{name}: neither a run folder nor a model folder (config.json expected)")
+    return name

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tnl.data.chat_template import REFERENCE_TEMPLATE
+from tnl.data.chat_template import SAVED_REFERENCE, ChatTemplate
 from tnl.data.examples import InstructionData, open_instructions
 from tnl.data.instruction_loader import InstructionLoader, heldout_batches
 from tnl.data.shards import TOKENIZER_FILE
+from tnl.data.template_process import TemplateRenderer
 from tnl.errors import ConfigError
 from tnl.evaluation.answer_loss import answer_loss
 from tnl.generation.load import load_tokenizer
@@ -33,6 +34,7 @@ class FinetuneData:
     tokenizer: object  # of transformers, with the template of the run
     folder: Path  # where it came from
     pad_id: int
+    prompts: list[tuple[str, list[int]]]  # to answer, and the tokens that stand before an answer
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -81,7 +83,7 @@ class FinetuneData:
     def samples(self, engine, settings: FinetuneSettings, ranks: Ranks) -> list[dict]:
         """Answers to ``evaluation.prompts``."""
         wanted = settings.evaluation
-        return answers(engine, self.tokenizer, wanted.prompts, wanted.max_new_tokens, ranks.device)
+        return answers(engine, self.tokenizer, self.prompts, wanted.max_new_tokens, ranks.device)
 
     def write_tokenizer(self, folder: Path) -> None:
         """That of the base, with the template of the run."""
@@ -107,11 +109,13 @@ def open_data(settings: FinetuneSettings, mesh: Mesh, folder: Path) -> FinetuneD
             f"model.vocab_size: {settings.model.vocab_size}, but the tokenizer of {folder} has {len(tokenizer)} "
             f"pieces; set it to at least {len(tokenizer)}, which extends the vocabulary"
         )
-    if (tokenizer.chat_template or "").endswith(REFERENCE_TEMPLATE):
+    if tokenizer.chat_template in SAVED_REFERENCE:
         # What a run that resumes finds in its own folder; known, it is rendered without a process of its own.
         tokenizer.chat_template = None
     data = open_instructions(settings.data, tokenizer, max_tokens=train.sequence_length, seed=settings.seed)
     tokenizer.chat_template = data.template.text
+    # Saved with it: an end token that the template writes behind an earlier answer is one token wherever it is applied.
+    tokenizer.split_special_tokens = False
     pad_id = tokenizer.pad_token_id or 0
     loader = InstructionLoader(
         data.train,
@@ -125,11 +129,41 @@ def open_data(settings: FinetuneSettings, mesh: Mesh, folder: Path) -> FinetuneD
         batching=settings.data.batching,
         num_workers=settings.data.num_workers,
     )
-    return FinetuneData(data, loader, tokenizer, folder, pad_id)
+    return FinetuneData(data, loader, tokenizer, folder, pad_id, _prompt_tokens(settings, data.template, tokenizer))
+
+
+def _prompt_tokens(settings: FinetuneSettings, template: ChatTemplate, tokenizer) -> list[tuple[str, list[int]]]:
+    """``evaluation.prompts`` and what the template writes before their answers, rendered within its bounds.
+
+    Raises:
+        ConfigError: the template fails on one, or writes nothing.
+    """
+    prompts = settings.evaluation.prompts
+    if not prompts:
+        return []
+    system = [{"role": "system", "content": settings.data.system}] if settings.data.system else []
+    dialogues = [
+        [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": "."}] for prompt in prompts
+    ]
+    with TemplateRenderer(template) as renderer:
+        rendered = renderer.render(dialogues, [f"evaluation.prompts {i}" for i in range(len(prompts))])
+    found = []
+    for i, (prompt, dialogue) in enumerate(zip(prompts, rendered, strict=True)):
+        text = dialogue.text[: dialogue.answers[0][0]]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+        if not ids:
+            raise ConfigError(f"evaluation.prompts: number {i} becomes no token by {template.name}; write something")
+        found.append((prompt, ids))
+    return found
 
 
 def finetune(
-    settings: FinetuneSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: FinetuneSettings,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Tune a checkpoint; see `tnl.training.pretrain.train`.
 
@@ -138,4 +172,4 @@ def finetune(
     """
     check_method(settings.method, settings.model.to_config())
     task = Task(open_data, partial(apply_method, settings.method), trains_all(settings.method))
-    return train(settings, task, resume=resume, fresh=fresh, console=console)
+    return train(settings, task, resume=resume, fresh=fresh, console=console, start=start)

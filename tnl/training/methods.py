@@ -41,10 +41,10 @@ def lora_of(method: LoraMethod, config: TransnormerConfig):
 
 
 def check_method(method: FullMethod | LoraMethod, config: TransnormerConfig) -> None:
-    """Refuse names that the model has not, before anything is loaded.
+    """Refuse what the model has not or cannot have, before anything is loaded.
 
     Raises:
-        ConfigError: names them.
+        ConfigError: names it.
     """
     from tnl.model.modeling import TransnormerForCausalLM
 
@@ -53,13 +53,19 @@ def check_method(method: FullMethod | LoraMethod, config: TransnormerConfig) -> 
     if method.kind == "full":
         _freeze(model, method.train_only)
         return
-    lora_of(method, config)
+    lora = lora_of(method, config)
     from tnl.model.adapters import check_targets
+    from tnl.model.four_bit import check_four_bits
 
     try:
         check_targets(model, method.targets or [])
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    try:
+        if method.base_bits == 4:
+            check_four_bits(model, lora.target_modules)
+    except ValueError as error:
+        raise ConfigError(f"method.base_bits: {error}") from None
 
 
 def apply_method(method: FullMethod | LoraMethod, model: PreTrainedModel, device: torch.device) -> None:
@@ -77,10 +83,7 @@ def apply_method(method: FullMethod | LoraMethod, model: PreTrainedModel, device
         if method.base_bits == 4:
             from tnl.model.four_bit import to_four_bits
 
-            try:
-                to_four_bits(model, [ADAPTED], device)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            to_four_bits(model, [ADAPTED], device)
     if method.neftune_alpha is not None:
         add_noise(model, method.neftune_alpha)
     if not trains_all(method):

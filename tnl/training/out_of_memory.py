@@ -39,8 +39,6 @@ def cures(settings: RunSettings, world_size: int) -> Iterator[str]:
 
 def advice(settings: RunSettings, world_size: int) -> str:
     """One sentence: the planned peak, and the cures."""
-    if settings.model.kind != "tnl":
-        return "lower train.micro_batch_size, or set train.activation_checkpointing=full"
     if getattr(settings, "method", None) is not None and not trains_all(settings.method):
         return (  # which tnl plan does not know
             "lower train.micro_batch_size or train.sequence_length, set train.activation_checkpointing=full or, of "
@@ -49,7 +47,8 @@ def advice(settings: RunSettings, world_size: int) -> str:
     plan = memory_plan(settings, world_size)
     largest = sorted(plan.parts.items(), key=lambda part: part[1], reverse=True)[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    listed = "; ".join(cures(settings, world_size)) or "a shorter train.sequence_length or train.segment_length"
+    shorter = "a shorter train.sequence_length" + (" or train.segment_length" if settings.model.kind == "tnl" else "")
+    listed = "; ".join(cures(settings, world_size)) or shorter
     return (
         f"tnl plan expects tensors of {plan.peak / GIB:.1f} GiB ({parts}) and {plan.allowance / GIB:.1f} GiB for CUDA; "
         f"what would take less: {listed}, or more GPUs; another program on the GPU takes memory, too"

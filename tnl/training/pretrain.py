@@ -41,11 +41,11 @@ from tnl.training.run_folder import (
     network_config,
 )
 from tnl.training.run_identity import check_same_run, identity
-from tnl.training.same_start import check_same_start
+from tnl.training.same_start import check_same_data, check_same_start, check_shared, gathered_starts
 from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
-from tnl.training.stop import StopRequest
+from tnl.training.stop import STOP_FILE, StopRequest
 from tnl.training.suite_evaluation import SuiteEvaluation, open_suite, scores_or_problem
 from tnl.training.throughput import Throughput
 from tnl.training.timing import StepTimer, peak_memory
@@ -69,14 +69,25 @@ class Task:
 
 
 def pretrain(
-    settings: PretrainSettings, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: PretrainSettings,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Pretrain, from random weights or a checkpoint; see `train`."""
-    return train(settings, Task(open_data), resume=resume, fresh=fresh, console=console)
+    return train(settings, Task(open_data), resume=resume, fresh=fresh, console=console, start=start)
 
 
 def train(
-    settings: RunSettings, task: Task, *, resume: str = "auto", fresh: bool = False, console: Console | None = None
+    settings: RunSettings,
+    task: Task,
+    *,
+    resume: str = "auto",
+    fresh: bool = False,
+    console: Console | None = None,
+    start: Path | None = None,
 ) -> str:
     """Train until the last step, or until asked to stop.
 
@@ -84,6 +95,7 @@ def train(
         resume: ``auto`` goes on from the newest valid checkpoint of the run folder, a step number from that one.
         fresh: begin anew; an existing run folder is moved aside.
         console: where rank 0 reports; default the standard output.
+        start: the file that stands for what a launcher started; see `tnl.training.start`.
 
     Returns:
         ``finished`` or ``preempted`` (stopped on request, checkpoint saved: the same command goes on).
@@ -95,8 +107,10 @@ def train(
         raise ConfigError("--fresh: begins anew, and --resume goes on; give only one of them")
     ranks = init_ranks()
     check_same_start(settings, ranks)
+    starts = gathered_starts(start, ranks)
     # What can be refused is refused before the run folder is touched.
     _check_settings(settings, ranks)
+    _check_base_elsewhere(settings)
     mesh = build_mesh(settings.train, ranks)
     resumes = not fresh and bool(CheckpointStore(settings.output / CHECKPOINTS).steps())
     record, base = base_record(settings.output) if resumes else {}, None
@@ -105,9 +119,11 @@ def train(
         base = open_base(settings, ranks, record)
         record = base.record()
     tokenizer = settings.output / TOKENIZER if resumes else None if base is None else base.folder
-    data = task.open_data(settings, mesh, tokenizer)
-    settings = data.resolved(settings)
-    suite = open_suite(settings)
+    with ranks.together():
+        data = task.open_data(settings, mesh, tokenizer)
+        settings = data.resolved(settings)
+        suite = open_suite(settings)
+    check_same_data(f"{data.loader.fingerprint} {data.tokenizer_sha256}", ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -119,11 +135,14 @@ def train(
                 check_run_folder(settings)
                 stack.callback(RunLock(settings.output).close)
                 check_run_folder(settings)
-                record_start(settings.output, settings.train.steps)
+                # Of an earlier run that ended before it saw it.
+                (settings.output / STOP_FILE).unlink(missing_ok=True)
+                record_start(settings.output, settings.train.steps, starts)
             except UserError as error:
                 problem = error
         ranks.raise_together(problem)
         try:
+            check_shared(settings.output, ranks)
             with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
                 run = _Run(settings, task, data, suite, base, record, ranks, mesh, console or Console(), stack)
                 return run.train(resume)
@@ -135,13 +154,20 @@ def train(
 
 def _check_settings(settings: RunSettings, ranks: Ranks) -> None:
     """Refuse on all ranks together what some rank's machine or the number of ranks does not allow."""
-    problem = None
-    try:
+    with ranks.together():
         deepspeed_config(settings, ranks.world_size)
         check_compile(settings.train, ranks.device)
-    except UserError as error:
-        problem = error
-    ranks.raise_together(problem)
+
+
+def _check_base_elsewhere(settings: RunSettings) -> None:
+    """Refuse a run that would begin from itself: a fresh start moves the folder away."""
+    if settings.init_from is None:
+        return
+    base, output = Path(settings.init_from).resolve(), settings.output.resolve()
+    if base == output or output in base.parents:
+        raise ConfigError(
+            f"output: {settings.output}: init_from {settings.init_from} lies in it; choose another folder"
+        )
 
 
 class _Run:
@@ -172,6 +198,7 @@ class _Run:
         self.identity = identity(settings, data, record.get("fingerprint"))
         self.store = CheckpointStore(settings.output / CHECKPOINTS)
         self.state = RunState()
+        self.heldout_loss: float | None = None  # as last measured
         self.metrics: MetricsWriter | None = None  # rank 0 has one
         self.stop = StopRequest(settings.output)
         stack.callback(self.stop.close)
@@ -187,7 +214,8 @@ class _Run:
             return "finished"
         if chosen is not None:
             # First, because DeepSpeed reads files of another layout without such a message.
-            check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
+            with self.ranks.together():
+                check_same_run(self.store.manifest(chosen), self.identity, self.store.path(chosen))
         torch.manual_seed(self.settings.seed)
         network = network_config(self.settings, self.record)
         read = None if self.base is None else self.base.read
@@ -196,6 +224,8 @@ class _Run:
         # Before ZeRO-3 divides the adapters, too.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         self.engine = build_engine(self.settings, model, self.ranks, self.mesh.tensor)
+        # Dropout and noise are not the same on ranks that read other data; a checkpoint brings its own states.
+        torch.manual_seed(self.settings.seed + self.mesh.data_rank)
         if chosen is not None:
             self.state = load_checkpoint(self.engine, self.store, chosen, self.ranks, is_whole=self.task.trains_all)
         self._write_folder(chosen)
@@ -271,8 +301,18 @@ class _Run:
                     self._record("preempted", exit_code=EXIT_PREEMPTED)
                 return "preempted"
         if self.metrics:
+            if None not in (state.first_loss, self.heldout_loss):
+                self._say_gain()
+            self.stop.consume()
             self._record("finished", exit_code=0)
         return "finished"
+
+    def _say_gain(self) -> None:
+        state = self.state
+        text = f"held-out loss: {state.first_loss:.4f} nats before training, {self.heldout_loss:.4f} after it"
+        if state.best_step not in (None, state.step):
+            text += f"; lowest {state.best_loss:.4f} after step {state.best_step}, whose checkpoint is kept"
+        self.metrics.message(text)
 
     def _report(self, result: StepResult, lr: float, times: dict[str, float]) -> None:
         state = self.state
@@ -298,7 +338,11 @@ class _Run:
         state, is_best = self.state, False
         found = self.data.evaluate(self.engine, self.settings, self.ranks, self.mesh)
         if found is not None:
-            is_best = self.settings.evaluation.keep_best and state.step > 0 and state.is_best(found["loss"])
+            loss = self.heldout_loss = found["loss"]
+            if state.step == 0:
+                state.first_loss = finite_or_none(loss)
+            else:
+                is_best = self.settings.evaluation.keep_best and state.is_best(loss)
             if self.metrics:
                 self.metrics.evaluation({"step": state.step, "tokens": state.tokens, **found})
         if self.suite is not None:

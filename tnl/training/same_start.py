@@ -1,10 +1,12 @@
-"""All ranks of a run must have been started alike: one configuration, one set of packages, one source code.
+"""All ranks of a run must have been started alike: one configuration, one set of packages, one source code, one set of
+data, and one run folder.
 
 A rank with another learning rate, another torch or an older checkout would not fail. It would train another model.
 """
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import tnl_kernels
@@ -12,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 import tnl
-from tnl.errors import ConfigError
+from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.training.engine import Ranks
 from tnl.training.run_folder import flat_settings, versions
 from tnl.training.settings import RunSettings
+from tnl.training.start import start_id
+from tnl.training.status import FILE as STATUS
 
 SHOWN = 12  # differences in the message
 
@@ -67,9 +71,67 @@ def check_same_start(settings: RunSettings, ranks: Ranks) -> None:
     )
 
 
+def gathered_starts(start: Path | None, ranks: Ranks) -> list[str]:
+    """Which starts the ranks are of, one of each machine (see `tnl.training.start`); a collective.
+
+    Args:
+        start: of this rank; None without a launcher.
+    """
+    own = b"" if start is None else start_id(start).encode()
+    found = [own] if ranks.world_size == 1 else _gathered(own.ljust(16), ranks)
+    return sorted({content.decode().strip() for content in found} - {""})
+
+
+def check_same_data(fingerprint: str, ranks: Ranks) -> None:
+    """End all ranks together when one read other data or another tokenizer than rank 0; a collective.
+
+    Raises:
+        DataError: they differ.
+    """
+    if ranks.world_size == 1:
+        return
+    digests = _gathered(hashlib.sha256(fingerprint.encode()).digest(), ranks)
+    different = ", ".join(str(rank) for rank, digest in enumerate(digests) if digest != digests[0])
+    if different:
+        raise DataError(
+            f"data: rank {different} read other data, or has another tokenizer, than rank 0; give all machines the same"
+        )
+
+
 def _gathered(content: bytes, ranks: Ranks) -> list[bytes]:
     """``content`` of every rank, equally long on all of them. Bytes and not objects: nothing is unpickled."""
     own = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(ranks.device)
     parts = [torch.empty_like(own) for _ in range(ranks.world_size)]
     dist.all_gather(parts, own)
     return [bytes(part.tolist()) for part in parts]
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """End all ranks together when one does not see what rank 0 writes to the run folder; a collective.
+
+    Each rank saves its own part of a checkpoint there: on disks of several machines none would be whole.
+
+    Raises:
+        ConfigError: which rank.
+    """
+    if ranks.world_size == 1:
+        return
+    # A name that nobody has looked up yet: a network file system may remember that a file was not there.
+    (number,) = ranks.all_reduce([float(time.time_ns() % 2**52) if ranks.is_main else 0.0])
+    seen = folder / f"{STATUS}.{number:.0f}"
+    with ranks.together():
+        if ranks.is_main:
+            try:
+                seen.touch()
+            except OSError as error:
+                raise CannotWriteError(f"{seen}: {error.strerror}; free some space and start again") from None
+    try:
+        with ranks.together():
+            if not seen.exists():
+                raise ConfigError(
+                    f"output: {folder.absolute()}: rank {ranks.rank} does not see what rank 0 writes there; give a "
+                    "folder on a file system that all machines share"
+                )
+    finally:
+        if ranks.is_main:
+            seen.unlink()

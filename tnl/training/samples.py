@@ -22,15 +22,14 @@ def greedy_tokens(engine, prompt: list[int], max_new_tokens: int, device: torch.
     return found
 
 
-def answers(engine, tokenizer, prompts: tuple[str, ...], max_new_tokens: int, device: torch.device) -> list[dict]:
-    """``prompt`` and ``text`` for each instruction, answered by the tokenizer's chat template up to its end token."""
+def answers(
+    engine, tokenizer, prompts: list[tuple[str, list[int]]], max_new_tokens: int, device: torch.device
+) -> list[dict]:
+    """``prompt`` and ``text`` for each instruction and its tokens, answered up to the end token."""
     was_training = engine.training
     engine.eval()
     rows = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+    for prompt, ids in prompts:
         found = greedy_tokens(engine, ids, max_new_tokens, device)
         if tokenizer.eos_token_id in found:
             found = found[: found.index(tokenizer.eos_token_id)]

@@ -283,6 +283,7 @@ class RunSettings(Settings):
         default=None, description="checkpoint to begin from: hub name, model folder or run folder; default none"
     )
     model: ModelSettings
+    data: Settings
     train: TrainSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()

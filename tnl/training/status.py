@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from tnl.errors import EXIT_INTERNAL, CannotWriteError, UserError
+from tnl.errors import CannotWriteError, exit_code
 from tnl.files import write_atomically
 
 FILE = "run_status.json"
@@ -15,8 +15,9 @@ IN_PROGRESS = ("starting", "running")
 
 def write_status(folder: Path, state: str, step: int, total_steps: int, **more) -> None:
     """Record ``state`` (starting, running, finished, preempted or failed) atomically, with an ``exit_code`` where the
-    process ends."""
-    status = {"state": state, "step": step, "total_steps": total_steps, "time": time.time(), **more}
+    process ends. The ``starts`` that `record_start` wrote stay."""
+    starts = {"starts": read_status(folder).get("starts", [])}
+    status = {"state": state, "step": step, "total_steps": total_steps, "time": time.time()} | starts | more
     write_atomically(folder / FILE, json.dumps(status, indent=1) + "\n")
 
 
@@ -28,14 +29,17 @@ def read_status(folder: Path) -> dict:
         return {}
 
 
-def record_start(folder: Path, total_steps: int) -> None:
+def record_start(folder: Path, total_steps: int, starts: list[str]) -> None:
     """Record that a run has taken ``folder`` and is getting ready.
+
+    Args:
+        starts: which starts became this run; see `tnl.training.start`.
 
     Raises:
         CannotWriteError: the disk refused.
     """
     try:
-        write_status(folder, "starting", read_status(folder).get("step", 0), total_steps)
+        write_status(folder, "starting", read_status(folder).get("step", 0), total_steps, starts=starts)
     except OSError as error:
         raise CannotWriteError(f"{error.filename}: {error.strerror}; free some space and start again") from None
 
@@ -46,6 +50,7 @@ def record_failure(folder: Path, error: BaseException) -> None:
     found = read_status(folder)
     if found.get("state") not in IN_PROGRESS:
         return
-    code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
     with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-        write_status(folder, "failed", found["step"], found["total_steps"], exit_code=code, error=str(error))
+        write_status(
+            folder, "failed", found["step"], found["total_steps"], exit_code=exit_code(error), error=str(error)
+        )
