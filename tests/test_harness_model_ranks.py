@@ -52,7 +52,8 @@ def test_both_ranks_have_the_answers_of_one_process(tmp_path, monkeypatch):
 
     tokenizer = AutoTokenizer.from_pretrained(released_tokenizer(tmp_path / "tokenizer", tiny_sentencepiece()))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.start_processes(rank_main, (tmp_path, tokenizer), nprocs=2, start_method="fork")
+    # Not forked: this process may have a group of its own, which a fork would keep.
+    torch.multiprocessing.start_processes(rank_main, (tmp_path, tokenizer), nprocs=2, start_method="spawn")
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = HarnessModel(tiny_model(vocab_size=400), tokenizer)
     expected = answers(alone)
