@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from lm_eval.models.utils import has_bos_prefix
 
+from tnl.errors import ConfigError, DataError
+
 # Texts that are tokenized at a time: enough for all cores, few enough that their lists stay small beside the arrays.
 BATCH = 2048
 
@@ -32,12 +34,12 @@ class RequestTokens:
         """The token before a text that nothing stands before.
 
         Raises:
-            ValueError: the tokenizer has none that could.
+            ConfigError: the tokenizer has none that could.
         """
         tokenizer = self.tokenizer
         found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if found is None:
-            raise ValueError(
+            raise ConfigError(
                 "the tokenizer has neither bos_token nor eos_token, one of which must stand before the first token "
                 "that is scored; set one in its tokenizer_config.json"
             )
@@ -79,7 +81,7 @@ class RequestTokens:
             names: of the requests, for errors.
 
         Raises:
-            ValueError: a continuation without tokens.
+            DataError: a continuation without tokens.
         """
         moved = []
         for context, continuation in pairs:
@@ -105,7 +107,7 @@ class RequestTokens:
                     ids = wholes[context + continuation][len(before) :].copy()
                     before = before if len(before) else np.array([self.prefix_id])
                 if not len(ids):
-                    raise ValueError(
+                    raise DataError(
                         f"{names[i]}: the continuation {continuation[:40]!r} has no tokens of its own behind the "
                         "context, so that there is nothing to score; correct the task's data"
                     )
