@@ -18,7 +18,7 @@ from tests.tiny_model import tiny_model
 from tests.tiny_tokenizers import PARTS
 from tnl.data.shards import TOKENIZER_FILE
 from tnl.data.tokenizer_export import export_tokenizer
-from tnl.errors import ConfigError
+from tnl.errors import ConfigError, UserError
 from tnl.evaluation.harness_model import HarnessModel
 
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -187,9 +187,9 @@ def test_rolling_over_a_long_text_is_one_forward_pass_in_pieces(model, tokenizer
 
 @pytest.fixture
 def widths(model):
-    """Number of columns of every forward pass."""
+    """Tokens of every forward pass."""
     seen = []
-    handle = model.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    handle = model.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
     yield seen
     handle.remove()
 
@@ -214,6 +214,17 @@ def test_generations_equal_hf(model, tokenizer, max_state_bytes):
     assert ours.generate_until(asked, disable_tqdm=True) == expected
     assert ours.counts.empty_outputs == sum(not text for text in expected)
     assert ours.counts.tokens_reused > 4 * 40
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_no_pass_of_a_generation_reads_more_than_a_batch(model, tokenizers, widths, shares):
+    arguments = {"max_gen_toks": 4} if shares else {"max_gen_toks": 4, "repetition_penalty": 1.2}
+    asked = requests("generate_until", [(f"{'the state of ' * 20}{i}", arguments) for i in range(40)])
+    expected = HarnessModel(model, tokenizers[False]).generate_until(asked, disable_tqdm=True)
+    del widths[:]
+    ours = HarnessModel(model, tokenizers[False], batch_tokens=16)
+    assert ours.generate_until(asked, disable_tqdm=True) == expected
+    assert max(widths) == 16
 
 
 def test_a_text_to_stop_at_ends_a_row_where_it_first_stands(model, tokenizers):
@@ -365,7 +376,7 @@ def test_on_a_gpu_scores_and_texts_equal_hf(tokenizers, max_state_bytes):
 )
 def test_a_request_without_an_answer_is_named(model, tokenizers, kind, arguments, message):
     ours = HarnessModel(model, tokenizers[False], max_length=20)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         getattr(ours, kind)(requests(kind, [arguments]), disable_tqdm=True)
 
 

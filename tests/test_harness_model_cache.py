@@ -152,6 +152,28 @@ def test_a_score_that_is_not_finite_is_an_error_that_names_the_request(model, to
     assert len(SampleCache(tmp_path / "new")) == 0
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.0}], ids=["greedy", "sampled"])
+def test_a_text_of_logits_that_are_not_finite_is_an_error_that_names_the_request(model, tokenizer, tmp_path, sampling):
+    model.generation_config.suppress_tokens = [5, 6]  # whose logits are not finite in any case
+    asked = requests("generate_until", [("the", {"max_gen_toks": 3, **sampling})])
+    HarnessModel(model, tokenizer).generate_until(asked, disable_tqdm=True)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    ours = HarnessModel(model, tokenizer, cache=SampleCache(tmp_path))
+    with pytest.raises(NonFiniteError, match=r"tiny, document 0, request 0: its logits are not finite; .*float32"):
+        ours.generate_until(asked, disable_tqdm=True)
+    assert len(SampleCache(tmp_path)) == 0
+
+
+def test_empty_texts_are_counted_when_they_are_read_back(model, tokenizer, tmp_path):
+    model.generation_config.eos_token_id = list(range(400))
+    asked = requests("generate_until", [("the", {"max_gen_toks": 3}), ("self", {"max_gen_toks": 3})])
+    for from_cache in (0, 2):
+        ours = HarnessModel(model, tokenizer, cache=SampleCache(tmp_path))
+        assert ours.generate_until(asked, disable_tqdm=True) == ["", ""]
+        assert (ours.counts.from_cache, ours.counts.empty_outputs) == (from_cache, 2)
+
+
 def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWriteError, match="choose another folder"):

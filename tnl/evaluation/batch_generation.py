@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tnl.errors import NonFiniteError
 from tnl.generation.text_stream import INCOMPLETE
 from tnl.model.state import TransnormerState
 
@@ -87,6 +88,22 @@ class StopTexts(StoppingCriteria):
         return any(stop in text for stop in self._until)
 
 
+class FiniteLogits(LogitsProcessor):
+    """Notices rows without a highest logit, whose argmax would be a token all the same; waits for nothing.
+
+    Attributes:
+        is_wrong: bool [N], by row.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device):
+        self.is_wrong = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [N, vocabulary], unchanged; a token that must not come has -inf there."""
+        self.is_wrong |= ~scores.amax(1).isfinite()
+        return scores
+
+
 class RowNoise(LogitsProcessor):
     """Gumbel noise, whose argmax is a sample of the softmax; each row draws from a generator of its own."""
 
@@ -129,6 +146,8 @@ def generate_batch(
     state: TransnormerState | None,
     settings: GenerationSettings,
     seeds: Sequence[int],
+    names: Sequence[str],
+    batch_tokens: int,
 ) -> list[list[int]]:
     """Token ids that continue each prompt, up to its end and without an end token.
 
@@ -136,6 +155,11 @@ def generate_batch(
         prompts: what is read behind ``state``, at least one token each.
         state: of as many sequences, and used up; None begins with the prompts.
         seeds: of each row's samples.
+        names: of each row's request, for errors.
+        batch_tokens: that a forward pass reads at most.
+
+    Raises:
+        NonFiniteError: logits are not finite.
     """
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -147,6 +171,7 @@ def generate_batch(
     state.length = 0  # the columns of packed sequences are not those of this batch
     eos_ids = end_tokens(model, tokenizer)
     stop = StopTexts(tokenizer, len(prompts), settings.until, eos_ids)
+    finite = FiniteLogits(len(prompts), model.device)
     model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -154,18 +179,25 @@ def generate_batch(
         max_new_tokens=settings.max_new_tokens,
         num_beams=1,
         do_sample=False,  # the samples are the argmax of the noisy logits
-        logits_processor=_sampler(settings.sampling, seeds, model.device),
+        logits_processor=LogitsProcessorList([finite, *_sampler(settings.sampling, seeds, model.device)]),
         stopping_criteria=StoppingCriteriaList([stop]),
         pad_token_id=tokenizer.pad_token_id or 0,
+        prefill_chunk_size=max(1, batch_tokens // len(prompts)),
         **({"eos_token_id": sorted(eos_ids)} if eos_ids else {}),
         **settings.options,
     )
+    wrong = finite.is_wrong.nonzero().flatten().tolist()
+    if wrong:
+        raise NonFiniteError(
+            f"{names[wrong[0]]}: its logits are not finite; the weights are not finite or the dtype is too narrow for "
+            "them: evaluate in float32, or another checkpoint"
+        )
     return stop.ids
 
 
-def _sampler(sampling: dict[str, float] | None, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
+def _sampler(sampling: dict[str, float] | None, seeds: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
     if sampling is None:
-        return LogitsProcessorList()
+        return []
     kinds = {
         "temperature": TemperatureLogitsWarper,
         "top_k": TopKLogitsWarper,
@@ -173,4 +205,4 @@ def _sampler(sampling: dict[str, float] | None, seeds: Sequence[int], device: to
         "min_p": MinPLogitsWarper,
     }
     warpers = [kind(sampling[name]) for name, kind in kinds.items() if sampling.get(name)]
-    return LogitsProcessorList([*warpers, RowNoise(seeds, device)])
+    return [*warpers, RowNoise(seeds, device)]

@@ -44,7 +44,7 @@ class HarnessCounts:
         tokens_reused: not read again, because another request begins with them.
         tokens_generated: end tokens not counted.
         truncations: requests that lost tokens on the left to fit ``max_length``, those of the other ranks included.
-        empty_outputs: generations without any text, because they ended at once.
+        empty_outputs: generations without any text, because they ended at once; those from the cache included.
     """
 
     requests: int = 0
@@ -193,7 +193,7 @@ class HarnessModel(TemplateLM):
         """Log-likelihood of each continuation in nats, and whether greedy decoding gives it.
 
         Raises:
-            ValueError: a continuation without tokens, or longer than ``max_length``.
+            DataError: a continuation without tokens, or longer than ``max_length``.
             NonFiniteError: a log-likelihood is not finite.
         """
         names = [request_name(request) for request in requests]
@@ -233,16 +233,18 @@ class HarnessModel(TemplateLM):
         A sampled text depends on the request and on how often it was asked before in this call, and not on the batch.
 
         Raises:
-            ValueError: arguments that do not fit together, or nothing to read or to generate.
+            DataError: arguments that do not fit together, or nothing to read or to generate.
+            NonFiniteError: logits are not finite.
         """
+        names = [request_name(request) for request in requests]
         contexts = self._tokens.encode_prompts(request.args[0] for request in requests)
         eos = None if self.eot_token_id is None else self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         groups: dict[str, tuple[GenerationSettings, dict[int, np.ndarray]]] = {}
         digests: list[str] = []
         times_asked: dict[str, int] = {}
         for i, request in enumerate(requests):
-            settings = generation_settings(request, eos, request_name(request))
-            prompt = self._fitting_prompt(contexts[request.args[0]], settings, request_name(request))
+            settings = generation_settings(request, eos, names[i])
+            prompt = self._fitting_prompt(contexts[request.args[0]], settings, names[i])
             text = json.dumps(asdict(settings), sort_keys=True)
             groups.setdefault(text, (settings, {}))[1][i] = prompt
             digest = request_digest("generate_until", text, prompt)
@@ -253,7 +255,7 @@ class HarnessModel(TemplateLM):
         self.counts.requests += len(requests)
         texts: dict[int, str] = {}
         for settings, prompts in groups.values():
-            texts |= self._texts(prompts, settings, digests, disable_tqdm)
+            texts |= self._texts(prompts, settings, digests, names, disable_tqdm)
         return [texts[i] for i in range(len(requests))]
 
     # How they are made.
@@ -302,7 +304,12 @@ class HarnessModel(TemplateLM):
         return [merged[i] for i in range(len(pairs))]
 
     def _texts(
-        self, prompts: dict[int, np.ndarray], settings: GenerationSettings, digests: Sequence[str], disable_tqdm: bool
+        self,
+        prompts: dict[int, np.ndarray],
+        settings: GenerationSettings,
+        digests: Sequence[str],
+        names: Sequence[str],
+        disable_tqdm: bool,
     ) -> dict[int, str]:
         """Continuations of prompts of equal settings by index, on every rank."""
         ends = {i: unshared(ids, i) for i, ids in prompts.items()}
@@ -317,14 +324,15 @@ class HarnessModel(TemplateLM):
                 found.update(texts)
                 self._keep({digests[i]: text for i, text in texts.items()})
                 self.counts.tokens_generated += sum(num_tokens.values())
-                self.counts.empty_outputs += sum(not text for text in texts.values())
                 bar.update(len(texts))
 
             def compute() -> None:
-                texts = RequestTexts(self.model, self.tokenizer, settings, digests, finished)
+                texts = RequestTexts(self.model, self.tokenizer, settings, digests, names, finished)
                 texts.compute(self._reader, missing)
 
-            return self._division.gather(found, self._computed(compute, sum(map(len, missing.values()))))
+            failure = self._computed(compute, sum(map(len, missing.values())))
+            self.counts.empty_outputs += sum(not text for text in found.values())
+            return self._division.gather(found, failure)
 
     def _computed(self, compute: Callable[[], None], num_tokens: int) -> UserError | None:
         """Compute, and count what was read of ``num_tokens``; the user's mistake that ended it, if one did, of which

@@ -50,6 +50,7 @@ class PrefixReader:
     """Reads token sequences so that a shared beginning is read once.
 
     Attributes:
+        batch_tokens: of a forward pass, at most.
         tokens_read: by the model so far.
     """
 
@@ -57,10 +58,10 @@ class PrefixReader:
         """
         Args:
             model: `TransnormerForCausalLM`.
-            batch_tokens: of a forward pass, at most.
+            batch_tokens: see above.
             max_state_bytes: of all states that are held at a time, at most; one for each level is always held.
         """
-        self._model, self._batch_tokens, self._max_state_bytes = model, batch_tokens, max_state_bytes
+        self._model, self.batch_tokens, self._max_state_bytes = model, batch_tokens, max_state_bytes
         self.tokens_read = 0
 
     @torch.no_grad()
@@ -99,6 +100,7 @@ class PrefixReader:
             del after  # before the next batch makes its own
         leaves = [read for read in reads if not read.children]
         if on_leaves is not None:
+            rows = min(rows, self.batch_tokens)  # each of them reads a token in every step
             for i in range(0, len(leaves), rows):
                 batch = leaves[i : i + rows]
                 self.tokens_read += sum(len(read.ids) for read in batch)
@@ -112,7 +114,7 @@ class PrefixReader:
         """Cut ``reads`` into batches of ``batch_tokens``; a longer read stands alone."""
         batch, tokens = [], 0
         for read in reads:
-            if batch and (tokens + len(read.ids) > self._batch_tokens or len(batch) == max_rows):
+            if batch and (tokens + len(read.ids) > self.batch_tokens or len(batch) == max_rows):
                 yield batch
                 batch, tokens = [], 0
             batch.append(read)
@@ -128,7 +130,7 @@ class PrefixReader:
         passes = [[(read, read.start, read.end) for read in batch]]
         if len(batch) == 1:
             (read,) = batch
-            edges = [*range(read.start, read.end, self._batch_tokens), read.end]
+            edges = [*range(read.start, read.end, self.batch_tokens), read.end]
             passes = [[(read, a, b)] for a, b in pairwise(edges)]
         for i, spans in enumerate(passes):
             holds = keep or i < len(passes) - 1

@@ -58,6 +58,7 @@ class RequestTexts:
 
     Args:
         digests: of the requests, by index, from which samples are drawn.
+        names: of the requests, by index, for errors.
         finished: called after each batch with the texts and the numbers of tokens that it made, by index.
     """
 
@@ -67,13 +68,18 @@ class RequestTexts:
         tokenizer,
         settings: GenerationSettings,
         digests: Sequence[str],
+        names: Sequence[str],
         finished: Callable[[dict[int, str], dict[int, int]], None],
     ) -> None:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
-        self._digests, self._finished = digests, finished
+        self._digests, self._names, self._finished = digests, names, finished
 
     def compute(self, reader: PrefixReader, prompts: dict[int, np.ndarray]) -> None:
-        """Continue ``prompts``, int64 [T] with at least one token each, by index."""
+        """Continue ``prompts``, int64 [T] with at least one token each, by index.
+
+        Raises:
+            NonFiniteError: logits are not finite.
+        """
 
         def generate(reads: list[Read], state: TransnormerState | None) -> None:
             indices = [int(read.ids[-1]) - UNSHARED for read in reads]
@@ -86,6 +92,8 @@ class RequestTexts:
                 state,
                 self._settings,
                 [int(self._digests[i][:15], 16) for i in indices],
+                [self._names[i] for i in indices],
+                reader.batch_tokens,
             )
             texts = {
                 i: postprocess_generated_text(
