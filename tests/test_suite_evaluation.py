@@ -81,6 +81,23 @@ def test_a_model_that_is_not_finite_has_no_scores(shards, run, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_model_that_has_diverged_has_no_scores(shards, run):
+    suite = open_suite(tiny_run(shards, run, *QUICK))
+    model = tiny_model(vocab_size=340, tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e6
+    scores, problem = scores_or_problem(suite, SimpleNamespace(module=model))
+    assert scores == {}
+    assert "a perplexity is too large for a number" in problem
+
+
+def test_no_pass_holds_more_tokens_than_one_of_training(shards, run):
+    suite = open_suite(tiny_run(shards, run, *QUICK))
+    model, sizes = tiny_model(vocab_size=340), []
+    model.model.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].numel()))
+    suite.evaluate(SimpleNamespace(module=model))
+    assert 32 < max(sizes) <= 2 * 32
+
+
 @pytest.mark.parametrize(
     ("overrides", "kind", "message"),
     [

@@ -12,7 +12,11 @@ from tnl.evaluation.harness_package import check_harness
 from tnl.evaluation.suite_command import SuiteOptions, load_suite, wanted_tasks
 from tnl.generation.load import load_tokenizer
 from tnl.training.run_folder import TOKENIZER
-from tnl.training.settings import RunSettings
+from tnl.training.settings import RunSettings, TrainSettings
+
+MAX_BATCH_TOKENS = 2**14
+# Optimizer and gradients stay where they are meanwhile.
+MAX_STATE_BYTES = 2**30
 
 
 class SuiteEvaluation:
@@ -31,6 +35,7 @@ class SuiteEvaluation:
 
         wanted = settings.evaluation
         self._output, self._limit = settings.output, wanted.limit
+        self._batch_tokens = batch_tokens(settings.train)
         self._suite = None if wanted.suite is None else load_suite(wanted.suite)
         options = SuiteOptions(suite=wanted.suite, tasks=wanted.tasks, output=settings.output)
         self._tasks = plan(
@@ -48,7 +53,7 @@ class SuiteEvaluation:
             engine: a DeepSpeed engine around a `TransnormerForCausalLM` that is whole on every rank.
 
         Raises:
-            NonFiniteError: the model's log-likelihoods are not finite.
+            NonFiniteError: the model's logits are not finite, or a perplexity is too large for a number.
         """
         from tnl.evaluation.harness_model import HarnessModel
         from tnl.evaluation.suite_run import measure
@@ -61,9 +66,13 @@ class SuiteEvaluation:
         before = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                adapter = HarnessModel(model, self._tokenizer)
+                adapter = HarnessModel(
+                    model, self._tokenizer, batch_tokens=self._batch_tokens, max_state_bytes=MAX_STATE_BYTES
+                )
                 with contextlib.redirect_stderr(io.StringIO()):  # bars, which would tear that of the run
                     measured = measure(adapter, self._tasks, limit=self._limit, confirm_unsafe=False, prompts=None)
+        except OverflowError:
+            raise NonFiniteError("a perplexity is too large for a number: the model has diverged") from None
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -90,6 +99,12 @@ class SuiteEvaluation:
                 scores = {score.metric: score for score in measured.scores[task.task]}
                 add(task.column, scores[find_metric(task.metric, list(scores), task.task)])
         return found
+
+
+def batch_tokens(train: TrainSettings) -> int:
+    """Tokens of a forward pass: no more than a pass of training holds on a rank."""
+    length = train.segment_length or train.sequence_length // train.sequence_parallel
+    return min(MAX_BATCH_TOKENS, train.micro_batch_size * length)
 
 
 def open_suite(settings: RunSettings) -> SuiteEvaluation | None:
