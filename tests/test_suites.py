@@ -93,6 +93,9 @@ def test_suites_expand_to_their_tasks():
 def test_a_name_that_nothing_has_is_answered_with_one_that_is_like_it(library):
     with pytest.raises(ConfigError, match=r"no task 'helaswag', did you mean hellaswag\?"):
         library.select("helaswag")
+    # boolq stands in a file of another name.
+    with pytest.raises(ConfigError, match=r"no task 'boolqq', did you mean boolq\?"):
+        library.select("boolqq")
     with pytest.raises(ConfigError, match=r"no suite 'papers', did you mean paper\?"):
         load_suite("papers")
 

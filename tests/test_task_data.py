@@ -102,6 +102,12 @@ def test_a_metric_that_is_a_program_of_the_hub_is_not_run():
         ("\n", "validation.jsonl: has no rows"),
         ('{"goal": "a"}\n{"goal": 1}\n', "validation.jsonl: Expected bytes, got a 'int' object"),
         ('{"goals": "a", "label": 0}\n', "piqa: cannot be built (UndefinedError: 'goal' is undefined)"),
+        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": "1"}\n', "its answers, as '1', are none of the choices"),
+        (
+            '{"goal": "a", "sol1": "b", "sol2": "c", "label": -1}\n',
+            "as -1, are none of the choices); its data must have",
+        ),
+        ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 1.0}\n', "its answers, as 1.0, are none of the choices"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(content, message, tmp_path):
@@ -112,18 +118,49 @@ def test_a_file_that_is_wrong_is_named(content, message, tmp_path):
     assert message in str(error.value)
 
 
+def test_a_row_that_cannot_be_scored_is_named(tmp_path):
+    row = {"goal": "a", "sol1": "b", "sol2": "c", "label": 1}
+    write_rows(tmp_path / "piqa/validation.jsonl", [row, row | {"label": None}])
+    task, answers = build(tmp_path, "piqa"), [(-1.0, False), (-2.0, False)]
+    assert task.process_results(task.eval_docs[0], answers)["acc"] == 0
+    with pytest.raises(DataError, match=r"piqa: an answer cannot be scored \(TypeError: .*, or leave it out"):
+        task.process_results(task.eval_docs[1], answers)
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path):
     write_tasks(tmp_path, ("boolq",))
     (tmp_path / "boolq/validation.jsonl").rename(tmp_path / "boolq/test.jsonl")
-    with pytest.raises(DataError, match="there is no split train, validation"):
+    with pytest.raises(DataError, match="there is no split validation"):
         build(tmp_path, "boolq")
 
 
 def test_more_examples_than_there_are_are_refused(tmp_path):
     write_tasks(tmp_path, ("mmlu_anatomy",))
-    assert build(tmp_path, "mmlu_anatomy", 5).get_config("num_fewshot") == 5
-    with pytest.raises(DataError, match="mmlu_anatomy: 6 examples are asked for, its data have 6"):
-        build(tmp_path, "mmlu_anatomy", 6)
+    assert build(tmp_path, "mmlu_anatomy", COUNT).get_config("num_fewshot") == COUNT
+    with pytest.raises(DataError, match="mmlu_anatomy: 7 examples are asked for, its data have 6; give fewer"):
+        build(tmp_path, "mmlu_anatomy", 7)
+
+
+def test_examples_from_a_split_that_is_not_there_are_refused(tmp_path):
+    write_tasks(tmp_path, ("boolq",))
+    with pytest.raises(DataError, match="2 examples are asked for, its data have 0; bring the split train"):
+        build(tmp_path, "boolq", 2)
+
+
+def test_where_one_more_example_is_drawn_it_must_be_there(tmp_path):
+    write_tasks(tmp_path, ("boolq",))
+    (tmp_path / "boolq/train.jsonl").write_bytes((tmp_path / "boolq/validation.jsonl").read_bytes())
+    assert build(tmp_path, "boolq", COUNT - 1).get_config("num_fewshot") == COUNT - 1
+    with pytest.raises(DataError, match="boolq: 6 examples are asked for, its data have 6"):
+        build(tmp_path, "boolq", COUNT)
+
+
+@pytest.mark.parametrize("names", [("test-00000-of-00002",), ("test-00000-of-00001", "test"), ("test-00001-of-00001",)])
+def test_a_split_that_is_there_in_part_or_twice_is_refused(names, tmp_path):
+    for name in names:
+        write_rows(tmp_path / f"lambada_openai/{name}.jsonl", [{"text": "a b"}])
+    with pytest.raises(DataError, match="not the one file of the split test, nor all its parts"):
+        build(tmp_path, "lambada_openai")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

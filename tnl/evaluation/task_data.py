@@ -17,7 +17,7 @@ from tnl.errors import DataError
 from tnl.files import sha256_of
 
 # A split in one file, or in numbered ones as the hub names them: test-00000-of-00002.parquet.
-SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d+-of-\d+)?\.(jsonl|parquet)")
+SPLIT_FILE = re.compile(r"(?P<split>.+?)(-(?P<part>\d+)-of-(?P<parts>\d+))?\.(jsonl|parquet)")
 # What `datasets` itself reads from files that a task names.
 FILE_KINDS = {"json", "csv", "text", "parquet", "arrow"}
 OFFLINE = "HF_HUB_OFFLINE"
@@ -110,6 +110,7 @@ class TaskData:
         self.sources[task], self.absent[task] = {}, []
         found = _Splits(self.absent[task])
         for split, files in _split_files(folder).items():
+            _check_parts(folder, split, files)
             tables = [_table(file) for file in files]
             digests = {str(file): sha256_of(file) for file in files}
             self.sources[task] |= digests
@@ -146,6 +147,19 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
         if match and file.is_file():
             found.setdefault(match["split"], []).append(file)
     return found
+
+
+def _check_parts(folder: Path, split: str, files: list[Path]) -> None:
+    """Refuse a split that lacks a part, or stands there twice: its score would be of other questions.
+
+    Raises:
+        DataError: the files are not one, nor all the parts of one.
+    """
+    parts = [SPLIT_FILE.fullmatch(file.name).group("part", "parts") for file in files]
+    count = int(parts[0][1] or 1)
+    if sorted((int(part or 0), int(of or 1)) for part, of in parts) != [(i, count) for i in range(count)]:
+        names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
+        raise DataError(f"{folder}: {names}: not the one file of the split {split}, nor all its parts; correct them")
 
 
 def _table(file: Path) -> pyarrow.Table:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 from lm_eval import tasks as harness_tasks
@@ -24,6 +25,7 @@ FOLDER = Path(harness_tasks.__file__).parent
 TAG, GROUP = "TAG", "GROUP"
 # lm-eval's own run code of the hub to compute their metric.
 REPLACED = {f"scrolls_{name.replace('_', '')}": f"scrolls_{name}" for name in SCROLLS_TASKS}
+SHOWN_DOCUMENTS = 8  # by which the data of a task are judged
 OWN_TASKS: dict[str, Callable[[], dict]] = {**QUICK_TASKS, **TEXT_TASKS}
 OWN_TASKS |= {f"scrolls_{name}": make for name, make in SCROLLS_TASKS.items()}
 
@@ -119,24 +121,34 @@ class TaskLibrary:
                     (task,) = manager.load([self._spec(leaf)])["tasks"].values()
                     shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
                     num_examples = len(list(task.fewshot_docs() or [])) if shots else 0
+                    # lm-eval draws one more where it compares these two, to leave out the question itself.
+                    needed = shots + (task.fewshot_cfg.split == task.config.test_split) if shots else 0
+                    _check_answers(task)
             except MissingDataError:
                 raise
             except UserError as error:
                 text = str(error)
                 raise DataError(text if leaf.name in text else f"{leaf.name}: {text}") from None
+            except ImportError as error:
+                raise DataError(
+                    f"{leaf.name}: cannot be built ({error}); install what it needs, or leave it out"
+                ) from None
             # Whatever the functions of a task meet in rows that are not what they expect.
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                absent = self.data.absent.get(leaf.name)
-                if absent and isinstance(error, IndexError):
-                    reason += f"; there is no split {', '.join(dict.fromkeys(absent))}"
+                reason, settings = _reason(error), self._settings(leaf)
+                split = settings.get("test_split") or settings.get("validation_split")
+                if split in self.data.absent.get(leaf.name, ()):
+                    reason += f"; there is no split {split}"
                 raise DataError(
                     f"{leaf.name}: cannot be built ({reason}); its data must have the splits and fields of "
                     f"{' '.join(filter(None, self.data_set(leaf))) or 'the task'}"
                 ) from None
-        if shots >= num_examples and shots:
-            raise DataError(f"{leaf.name}: {shots} examples are asked for, its data have {num_examples}; give fewer")
+        if needed > num_examples:
+            absent = ", ".join(dict.fromkeys(self.data.absent.get(leaf.name, ())))
+            cure = f"bring the split {absent}" if absent and not num_examples else "give fewer"
+            raise DataError(f"{leaf.name}: {shots} examples are asked for, its data have {num_examples}; {cure}")
         task.set_config("num_fewshot", shots)
+        task.process_results = partial(_scored, leaf.name, task.process_results)
         return task
 
     def _spec(self, leaf: Leaf) -> str | dict:
@@ -192,6 +204,35 @@ class TaskLibrary:
         return manager if name in manager.task_index else None
 
 
+def _check_answers(task: Task) -> None:
+    """Raise ValueError where the answers are none of the choices, of which lm-eval makes scores of 0."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or callable(task.config.process_results):
+        return
+    for document in islice(task.task_docs, SHOWN_DOCUMENTS):
+        answer, choices = task.doc_to_target(document), task.doc_to_choice(document)
+        if isinstance(answer, list) or answer in choices or (isinstance(answer, int) and 0 <= answer < len(choices)):
+            return
+    raise ValueError(f"its answers, as {answer!r}, are none of the choices")
+
+
+def _scored(name: str, score: Callable[..., dict], document: dict, results: list) -> dict:
+    """What a task makes of the answers to a document."""
+    try:
+        return score(document, results)
+    except UserError:
+        raise
+    # Whatever the functions of a task meet in rows that are not what they expect.
+    except Exception as error:
+        raise DataError(
+            f"{name}: an answer cannot be scored ({_reason(error)}); correct its data, or leave it out with --tasks"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of what an exception says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 @cache
 def _files() -> tuple[Path, ...]:
     """Files of lm-eval in which a task can have its name."""
@@ -227,9 +268,10 @@ def _folders_with(name: str, pattern: bytes) -> set[str]:
 
 
 def _known_names() -> list[str]:
-    """Names to suggest: tasks of this package, and of lm-eval what its files and folders are called."""
-    names = {file.stem for file in _files() if file.suffix == ".yaml" and not file.stem.startswith("_")}
-    return [*OWN_TASKS, *sorted(names | {folder.name for folder in FOLDER.iterdir() if folder.is_dir()})]
+    """Names to suggest: tasks of this package, and the tasks, groups and tags of lm-eval's files."""
+    search = re.compile(rb"(?m)^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.-]+)[\"']?\s*$").findall
+    names = {name.decode() for file in _files() for name in search(file.read_bytes())}
+    return [*OWN_TASKS, *sorted(names)]
 
 
 @contextmanager
