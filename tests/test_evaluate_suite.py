@@ -19,7 +19,7 @@ from tests.task_files import COUNT, write_rows, write_tasks
 from tests.tiny_folder import tiny_folder
 from tests.tiny_tokenizers import released_tokenizer
 from tests.tiny_tokenizers import tiny_model as tiny_sentencepiece
-from tnl.errors import EXIT_DATA, EXIT_USAGE
+from tnl.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_USAGE
 from tnl.evaluation import harness_model
 from tnl.evaluation.sample_cache import SampleCache
 from tnl.evaluation.suite_command import SuiteOptions, evaluate_suite
@@ -193,6 +193,15 @@ def test_what_is_wrong_is_one_message(options, message, folder, tnl_command, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_metric_that_a_task_has_not_is_refused_before_the_model_is_loaded(folder, tnl_command, tmp_path):
+    suite = "title: t\ntasks: [{task: piqa, column: P, metric: token_perplexity}]\n"
+    (tmp_path / "mine.yaml").write_text(suite)
+    options = ["--suite", tmp_path / "mine.yaml", "--data-dir", folder / "tasks", "--output", tmp_path / "out"]
+    code, _, err = tnl_command("evaluate", folder / "model", *options)
+    assert (code, "piqa: no metric 'token_perplexity', known: acc, acc_norm" in err) == (EXIT_USAGE, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unsafe_tasks_are_taken_when_confirmed(folder, tnl_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = tnl_command("evaluate", folder / "model", "--tasks", "humaneval", "--confirm-unsafe")
@@ -218,6 +227,14 @@ def test_without_lm_eval_one_message_says_what_to_install(folder, tnl_command, m
     code, _, err = tnl_command("evaluate", folder / "model", "--suite", "quick")
     assert code == EXIT_USAGE
     assert "pip install 'transnormer-llm[eval]'" in err
+
+
+def test_a_perplexity_beyond_all_numbers_is_one_message(folder, tnl_command, tmp_path):
+    write_rows(tmp_path / "tasks/wikitext/test.jsonl", [{"page": "word" * 400}])
+    options = ["--tasks", "wikitext", "--data-dir", tmp_path / "tasks", "--output", tmp_path / "out"]
+    code, _, err = tnl_command("evaluate", folder / "model", *options)
+    assert code == EXIT_NON_FINITE
+    assert "error: wikitext: a perplexity is beyond all numbers, as per word of a text without spaces" in err
 
 
 # Kill and resume

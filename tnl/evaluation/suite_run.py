@@ -12,19 +12,26 @@ import numpy as np
 import torch
 from lm_eval.api.task import Task
 
-from tnl.errors import ConfigError, DataError
+from tnl.errors import ConfigError, DataError, NonFiniteError
 from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.hub_programs import hub_programs
 from tnl.evaluation.request_tokens import RequestTokens
 from tnl.evaluation.suite_tables import find_metric
 from tnl.evaluation.task_data import MissingDataError, without_network
 from tnl.evaluation.task_library import Leaf, Selection, TaskLibrary, quiet_harness
-from tnl.evaluation.task_scores import Score, TextLoss, group_scores, task_scores, text_losses
+from tnl.evaluation.task_scores import (
+    TOKEN_PERPLEXITY,
+    Score,
+    TextLoss,
+    group_scores,
+    metric_names,
+    task_scores,
+    text_losses,
+)
 from tnl.files import write_atomically
 
 # As lm-eval has them.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-TEXT_METRICS = ("token_perplexity", "word_perplexity", "byte_perplexity")
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,8 @@ def _build(library: TaskLibrary, wanted: Wanted, found: Plan) -> None:
             found.missing[wanted.name] = str(error)
             continue
         else:
-            known = [*found.tasks[leaf.name].aggregation(), *TEXT_METRICS]
             for metric in wanted.metrics:
-                find_metric(metric, known, leaf.name)
+                find_metric(metric, metric_names(found.tasks[leaf.name]), leaf.name)
     if len(absent) > 1 or (absent and selection.is_group):
         names = ", ".join(leaf.name for leaf in absent[:3]) + (", ..." if len(absent) > 3 else "")
         reason = (
@@ -138,13 +144,20 @@ def measure(
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
     # Some tasks load their metric when they are scored.
     with quiet_harness(), without_network(), hub_programs(allowed=confirm_unsafe):
-        results = lm_eval.evaluate(
-            model,
-            {"tasks": dict(tasks.tasks)},
-            limit=limit,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=confirm_unsafe,
-        )
+        try:
+            results = lm_eval.evaluate(
+                model,
+                {"tasks": dict(tasks.tasks)},
+                limit=limit,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=confirm_unsafe,
+            )
+        except OverflowError:
+            texts = [name for name, task in tasks.tasks.items() if TOKEN_PERPLEXITY in metric_names(task)]
+            raise NonFiniteError(
+                f"{', '.join(texts)}: a perplexity is beyond all numbers, as per word of a text without spaces; leave "
+                "such texts out with --tasks, or evaluate another checkpoint"
+            ) from None
     tokens = RequestTokens(model.tokenizer)
     single: dict[str, list[Score]] = {}
     losses: list[TextLoss] = []

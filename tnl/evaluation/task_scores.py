@@ -16,6 +16,7 @@ from tnl.evaluation.standard_error import ratio, standard_error
 
 BOOTSTRAPS = 200
 TOKEN, WORD, BYTE = "token", "word", "byte"
+TOKEN_PERPLEXITY = f"{TOKEN}_perplexity"  # that this package adds
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class TextLoss:
         )
 
 
+def metric_names(task: Task) -> list[str]:
+    """What `task_scores` and `text_losses` call the metrics of a task."""
+    names = [_named(metric, kept.name) for metric in task.aggregation() for kept in task._filters]
+    of_texts = [f"{unit}_perplexity" for unit in (TOKEN, WORD, BYTE)]
+    return names + [name for name in of_texts if {"perplexity", "word_perplexity"} & {*names} and name not in names]
+
+
+def _named(metric: str, kept: str) -> str:
+    """A metric with its filter ``kept``."""
+    return metric if kept == "none" else f"{metric} ({kept})"
+
+
 def task_scores(task: Task, samples: Sequence[dict[str, Any]]) -> list[Score]:
     """Every metric of a task.
 
@@ -87,7 +100,7 @@ def task_scores(task: Task, samples: Sequence[dict[str, Any]]) -> list[Score]:
     for (metric, kept), items in values.items():
         aggregate = aggregations.get(metric, mean)
         value = float(aggregate(items))
-        name = metric if kept == "none" else f"{metric} ({kept})"
+        name = _named(metric, kept)
         if not math.isfinite(value):
             raise NonFiniteError(f"{task.task_name}: {name} is {value}; evaluate in float32, or another checkpoint")
         found.append(
