@@ -142,7 +142,7 @@ def to_markdown(report: ScoreReport) -> str:
     for table in report.tables:
         heads, lines, footnotes = texts_of(table)
         rule = ["---"] * len(table.heads) + ["---:"] * len(table.columns)
-        parts += [f"## {_escape(table.title)}", "", _line(heads), _line(rule)]
+        parts += [f"## {_escape(table.title)}", "", _line([_escape(x) for x in heads]), _line(rule)]
         for row, line in zip(table.rows, lines, strict=True):
             marked = table.is_comparison and row.kind == OURS
             parts.append(_line([f"**{_escape(x)}**" if marked else _escape(x) for x in line]))
