@@ -53,7 +53,7 @@ class SuiteEvaluation:
             engine: a DeepSpeed engine around a `TransnormerForCausalLM` that is whole on every rank.
 
         Raises:
-            NonFiniteError: the model's logits are not finite, or a perplexity is too large for a number.
+            NonFiniteError: the model's logits are not finite, or a perplexity is beyond all numbers.
         """
         from tnl.evaluation.harness_model import HarnessModel
         from tnl.evaluation.suite_run import measure
@@ -71,8 +71,6 @@ class SuiteEvaluation:
                 )
                 with contextlib.redirect_stderr(io.StringIO()):  # bars, which would tear that of the run
                     measured = measure(adapter, self._tasks, limit=self._limit, confirm_unsafe=False, prompts=None)
-        except OverflowError:
-            raise NonFiniteError("a perplexity is too large for a number: the model has diverged") from None
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
