@@ -151,6 +151,12 @@ def test_noise_is_that_of_an_example_alone(base):
         parts = (seen.pop()[0] - clean).abs().split(lengths)
         for part, length in zip(parts, lengths, strict=True):
             assert 0.9 < part.max() / (3.0 / (length * D) ** 0.5) <= 1 + 1e-4
+    labels = ids.repeat(2, 1)
+    labels[1, 5:] = -100
+    torch.manual_seed(0)
+    model.train()(ids.repeat(2, 1), labels=labels)
+    for row, length in zip((seen.pop() - clean).abs(), (12, 5), strict=True):
+        assert 0.9 < row.max() / (3.0 / (length * D) ** 0.5) <= 1 + 1e-4
     model.eval()(ids)
     assert torch.equal(seen.pop()[0], clean)
 
