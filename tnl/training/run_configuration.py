@@ -3,6 +3,7 @@
 Nothing heavy is imported where there is none, so that a mistake is told at once.
 """
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ def load_settings(
 
         section = tree.get("model")
         given = section if isinstance(section, dict) else {}
-        found = ModelSettings.describing(base_config(base)).model_dump(mode="json")
+        found = ModelSettings.describing(base_config(os.path.expanduser(base))).model_dump(mode="json")
         problems = model_differences(given, found, base)
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
