@@ -14,7 +14,7 @@ from tests.test_processes import ROOT, torchrun
 from tests.tiny_folder import tiny_folder
 from tests.tiny_run import rows, trajectory
 from tnl.data.chat_template import REFERENCE_TEMPLATE
-from tnl.errors import ConfigError
+from tnl.errors import ConfigError, DataError
 from tnl.evaluation.answer_loss import answer_loss
 from tnl.training.export import export_run
 from tnl.training.finetune import finetune, open_data
@@ -90,6 +90,18 @@ def test_a_resumed_run_is_identical(folder, tuned, capsys):
     assert f"{rows(tuned, 'evaluation')[0]['loss']:.4f} nats before training" in capsys.readouterr().out
     assert trajectory(tuned) == straight
     assert (tuned / "samples.jsonl").read_text() == samples
+
+
+def test_a_run_whose_data_have_grown_does_not_go_on(folder, tuned, tmp_path):
+    records = json.loads((folder / "records.json").read_text())
+    (tmp_path / "grown.json").write_text(json.dumps(records * 2))
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml", [f"data.source.path={tmp_path / 'grown.json'}"])
+    with pytest.raises(
+        DataError, match=r"(?s)grown\.json: not the data that the run in .*; point .*train\.steps: was 6, now"
+    ):
+        finetune(settings)
+    with pytest.raises(ConfigError, match=r"(?s)another configuration;.*train\.steps: was 6, now"):
+        finetune(load_settings(FinetuneSettings, folder / "tune.yaml", ["train.epochs=3"]))
 
 
 def test_a_tuned_model_generates_with_its_template(tuned, tmp_path):
