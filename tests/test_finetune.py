@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,14 @@ def test_the_held_out_loss_is_that_of_the_answers_one_by_one(folder, tuned, tmp_
     assert first["num_predicted"] == count
     assert first["loss"] == pytest.approx(total / count, rel=1e-5)
     assert answer_loss(model, [], device=torch.device("cpu")).loss == 0.0
+
+
+def test_ranks_must_hold_out_the_same(folder):
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml")
+    data = open_data_of(settings, folder / "model")
+    other = replace(data, instructions=replace(data.instructions, heldout=data.instructions.train))
+    assert other.loader.fingerprint == data.loader.fingerprint
+    assert other.fingerprint != data.fingerprint
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused_with_the_cure(folder, tmp_path):

@@ -121,7 +121,7 @@ def train(
     with ranks.together():
         data = task.open_data(settings, mesh, tokenizer)
         settings = data.resolved(settings)
-    check_same_data(f"{data.loader.fingerprint} {data.tokenizer_sha256}", ranks)
+    check_same_data(data.fingerprint, ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
