@@ -97,8 +97,9 @@ def test_a_template_that_cannot_be_trained_on_is_refused(name):
 
 
 def test_a_template_may_know_that_there_is_a_date():
-    known = CHATML + "{% if strftime_now is not defined %}-{% endif %}"
-    assert answers(known, TURNS) == answers(CHATML, TURNS)
+    for template in (CHATML, MARKED):
+        known = "{% if strftime_now is not defined %}-{% endif %}" + template
+        assert answers(known, TURNS) == answers(template, TURNS)
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
