@@ -1,7 +1,10 @@
 """Chat templates: the text of a dialogue, where its answers are, and templates that must be stopped."""
 
+import threading
+
 import pytest
 import tokenizers
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from tnl.data.chat_template import REFERENCE_TEMPLATE, ChatTemplate, choose_template, render_dialogue
@@ -55,10 +58,33 @@ def test_marks_are_used_where_earlier_text_depends_on_later_messages():
 
 UNUSABLE = {
     "no end": ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes no </s> behind an answer"),
-    "no answer": ("{% for m in messages %}{{ m.role }}</s>{% endfor %}", "does not write an answer as it is"),
+    "no answer": (
+        CHATML.replace("m.content | trim", "m.content | trim if m.role == 'user'"),
+        "does not write an answer as it is",
+    ),
     "one mark": (MARKED.replace("m.role ==", "loop.last and m.role =="), "marks 1 answers .* in a dialogue that has 2"),
     "another prompt": (MARKED + "{% if add_generation_prompt %}ELSE{% endif %}", "its generation prompt is not what"),
-    "no question": (MARKED.replace("{% else %}{{ m.content }}", "{% else %}"), "leaves out the message before"),
+    "no question": (
+        MARKED.replace("{% else %}{{ m.content }}", "{% else %}"),
+        "leaves out a message of the user, or changes it: 'Why",
+    ),
+    "no first question": (
+        MARKED.replace("{% else %}{{ m.content }}", "{% elif loop.index0 > 0 %}{{ m.content }}"),
+        r"leaves out a message of the user, or changes it: 'Why\?'; write message\['content'\] there, or remove",
+    ),
+    "no first question, no marks": (
+        CHATML.replace("m.content | trim", "m.content | trim if loop.index0 or m.role == 'system' else ''"),
+        "leaves out a message of the user, or changes it: 'Why",
+    ),
+    "no system": (
+        CHATML.replace("m.content | trim", "m.content | trim if m.role != 'system' else ''"),
+        "leaves out a message of the system, or changes it: 'Be brief",
+    ),
+    "date": (
+        "{{ strftime_now('%Y') }}" + CHATML,
+        r"writes the date \(strftime_now\).*; write a date out in a copy",
+    ),
+    "half a character": ("{{ '\\ud800' }}" + CHATML, "what it writes holds half of a surrogate pair at character 0"),
     "empty marks": (MARKED.replace("{{ m.content }}{% endgen", "{% endgen"), "does not write an answer as it is"),
 }
 
@@ -66,8 +92,14 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_template_that_cannot_be_trained_on_is_refused(name):
     template, message = UNUSABLE[name]
-    with pytest.raises(ValueError, match=message):
-        answers(template, TURNS)
+    with pytest.raises((ValueError, TemplateError), match=message):
+        answers(template, [SYSTEM, *TURNS] if name == "no system" else TURNS)
+
+
+def test_a_template_may_know_that_there_is_a_date():
+    for template in (CHATML, MARKED):
+        known = "{% if strftime_now is not defined %}-{% endif %}" + template
+        assert answers(known, TURNS) == answers(template, TURNS)
 
 
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -89,7 +121,7 @@ def test_a_hostile_template_ends_in_one_message(name):
     text, message = HOSTILE[name]
     template = ChatTemplate(text, "template x.jinja", False, TOKENS)
     with (
-        TemplateRenderer(template, timeout_s=0.5 if name == "loop" else 30) as renderer,
+        TemplateRenderer(template, timeout_s=0.5 if name.startswith("loop") else 30) as renderer,
         pytest.raises(ConfigError, match=rf"^data\.template: template x\.jinja: .*{message}.*\(at a\.json:1\)"),
     ):
         renderer.render([TURNS], ["a.json:1"])
@@ -104,6 +136,13 @@ def test_a_process_renders_as_this_one_does_and_names_the_dialogue_at_fault():
         with pytest.raises(ConfigError, match=r"no system \(at a:4\)"):
             renderer.render([TURNS, [SYSTEM, *TURNS]], ["a:3", "a:4"])
         assert len(renderer.render([TURNS], ["a:5"])) == 1
+
+
+def test_a_process_that_does_not_start_says_why():
+    # A lock cannot be sent to a spawned process.
+    template = ChatTemplate(CHATML, "own", False, {"eos_token": threading.Lock()})
+    with pytest.raises(TypeError, match="cannot pickle"), TemplateRenderer(template) as renderer:
+        renderer.render([TURNS], ["a:1"])
 
 
 def tokenizer(add_bos=False, **changes):

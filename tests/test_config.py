@@ -215,9 +215,11 @@ WRONG += ["{a: 1}", "9" * 19, "9" * 5000, "'3'", "[[[]]]", "2026-13-45"]
 
 def kinds_of(annotation) -> set[type]:
     """The types of YAML values that a field of this annotation may take."""
-    if isinstance(annotation, types.UnionType):
-        return set().union(*map(kinds_of, typing.get_args(annotation)))
     origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return set().union(*map(kinds_of, typing.get_args(annotation)))
+    if origin is typing.Annotated:
+        return kinds_of(annotation.__origin__)
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(annotation)}
     if origin is tuple:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from tests.test_processes import ROOT, torchrun
 from tests.tiny_folder import tiny_folder
 from tests.tiny_run import rows, trajectory
 from tnl.data.chat_template import REFERENCE_TEMPLATE
-from tnl.errors import ConfigError
+from tnl.errors import ConfigError, DataError
 from tnl.evaluation.answer_loss import answer_loss
 from tnl.training.export import export_run
 from tnl.training.finetune import finetune, open_data
@@ -92,6 +93,18 @@ def test_a_resumed_run_is_identical(folder, tuned, capsys):
     assert (tuned / "samples.jsonl").read_text() == samples
 
 
+def test_a_run_whose_data_have_grown_does_not_go_on(folder, tuned, tmp_path):
+    records = json.loads((folder / "records.json").read_text())
+    (tmp_path / "grown.json").write_text(json.dumps(records * 2))
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml", [f"data.source.path={tmp_path / 'grown.json'}"])
+    with pytest.raises(
+        DataError, match=r"(?s)grown\.json: not the data that the run in .*; point .*train\.steps: was 6, now"
+    ):
+        finetune(settings)
+    with pytest.raises(ConfigError, match=r"(?s)another configuration;.*train\.steps: was 6, now"):
+        finetune(load_settings(FinetuneSettings, folder / "tune.yaml", ["train.epochs=3"]))
+
+
 def test_a_tuned_model_generates_with_its_template(tuned, tmp_path):
     export = export_run(tuned, tmp_path / "export", "best")
     model, tokenizer = (kind.from_pretrained(export) for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -123,6 +136,14 @@ def test_the_held_out_loss_is_that_of_the_answers_one_by_one(folder, tuned, tmp_
     assert first["num_predicted"] == count
     assert first["loss"] == pytest.approx(total / count, rel=1e-5)
     assert answer_loss(model, [], device=torch.device("cpu")).loss == 0.0
+
+
+def test_ranks_must_hold_out_the_same(folder):
+    settings = load_settings(FinetuneSettings, folder / "tune.yaml")
+    data = open_data_of(settings, folder / "model")
+    other = replace(data, instructions=replace(data.instructions, heldout=data.instructions.train))
+    assert other.loader.fingerprint == data.loader.fingerprint
+    assert other.fingerprint != data.fingerprint
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused_with_the_cure(folder, tmp_path):

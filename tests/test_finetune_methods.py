@@ -110,6 +110,25 @@ def test_an_adapter_is_exported_as_peft_has_it_and_merged(base, tmp_path, name, 
     assert not torch.allclose(expected, logits(load(base)), atol=0.1)
 
 
+def test_an_adapter_names_its_base_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    tiny_base(tmp_path / "work/runs/base")
+    monkeypatch.chdir(tmp_path / "work")
+    tune(tuning("runs/base", "out", LORA, "train.steps=1"))
+    monkeypatch.chdir(tmp_path)
+    adapter = export_run(tmp_path / "work/out", tmp_path / "adapter")
+    found = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert found == str(tmp_path / "work/runs/base")
+
+
+def test_an_adapter_for_more_token_ids_than_the_base_has_is_exported_merged_alone(base, tmp_path):
+    tune(tuning(base, tmp_path / "run", LORA, "train.steps=1", vocab_size=64))
+    with pytest.raises(ConfigError, match=rf"run: 3 token ids that the base {base} has not, .*; add --merge"):
+        export_run(tmp_path / "run", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert load(export_run(tmp_path / "run", tmp_path / "merged", merge=True)).config.vocab_size == 64
+
+
 def test_only_the_parameters_that_train_change(base, tmp_path):
     tune(tuning(base, tmp_path / "run", LAST_BLOCK, *of_stage(2)))
     before, after = tiny_model(), load(export_run(tmp_path / "run", tmp_path / "export"))
@@ -151,6 +170,12 @@ def test_noise_is_that_of_an_example_alone(base):
         parts = (seen.pop()[0] - clean).abs().split(lengths)
         for part, length in zip(parts, lengths, strict=True):
             assert 0.9 < part.max() / (3.0 / (length * D) ** 0.5) <= 1 + 1e-4
+    labels = ids.repeat(2, 1)
+    labels[1, 5:] = -100
+    torch.manual_seed(0)
+    model.train()(ids.repeat(2, 1), labels=labels)
+    for row, length in zip((seen.pop() - clean).abs(), (12, 5), strict=True):
+        assert 0.9 < row.max() / (3.0 / (length * D) ** 0.5) <= 1 + 1e-4
     model.eval()(ids)
     assert torch.equal(seen.pop()[0], clean)
 
@@ -186,7 +211,7 @@ def test_another_base_is_refused_where_the_frozen_weights_come_from_it(base, tmp
     tiny_base(own, seed=1)
     with pytest.raises(CheckpointError, match="began from other weights"):
         tune(settings, resume="3")
-    with pytest.raises(CheckpointError, match="other weights than the run began from"):
+    with pytest.raises(CheckpointError, match=r"another config\.json than the run began from; put the old"):
         export_run(tmp_path / "run", tmp_path / "merged", merge=True)
 
 

@@ -205,6 +205,12 @@ def test_a_run_that_would_begin_from_itself_is_refused_and_stays_as_it_is(folder
     assert sorted(straight.rglob("*")) == before
 
 
+def test_the_home_folder_is_known(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    settings = settings_from(folder, Path("~/base"), tmp_path / "run")
+    assert settings.init_from == str(folder / "base")
+
+
 def test_a_base_that_computes_something_else_has_another_fingerprint(folder, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "base")
     config = tmp_path / "base" / "config.json"

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from tnl.data.instructions import iterate_dialogues
 from tnl.data.records import SourceCounts
 from tnl.data.settings import FinetuneDataSettings, Instructions
-from tnl.errors import DataError
+from tnl.errors import ConfigError, DataError
 
 TURN = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SYSTEM = {"role": "system", "content": "s"}
@@ -101,7 +101,7 @@ WRONG_ORDER = {
     "no role": ({"messages": [{"content": "x"}]}, "message 0: role 'None' is none of"),
     "no content": ({"messages": [{"role": "user"}]}, "no content of message 0"),
     "empty content": ({"messages": [*TURN, {"role": "user", "content": ""}]}, "content of message 2 is empty"),
-    "no messages": ({"messages": []}, "must be a list of messages"),
+    "no messages": ({"messages": []}, "field 'messages' is an empty list; give a user's and an assistant's message"),
     "text": ({"messages": "hello"}, "must be a list of messages, found str"),
     "texts": ({"messages": ["hello"]}, "message 0 must be an object, found str"),
 }
@@ -136,11 +136,33 @@ def test_columns_rename_fields_and_an_unclear_format_is_asked_for(tmp_path):
     assert read(both, format="prompt_completion")[0][0].messages == TURN
 
 
+def test_columns_that_name_nothing_are_refused(tmp_path):
+    file = write(tmp_path / "data.jsonl", {"instruction": "q", "output": "a", "context": "c"})
+    columns = {"inptu": "context"}
+    with pytest.raises(ValueError, match=r"columns\.inptu: no field of the format alpaca, did you mean input\?"):
+        read(file, format="alpaca", columns=columns)
+    with pytest.raises(ValueError, match=r"columns\.inptu: no field of any format, did you mean input\?"):
+        read(file, columns=columns)
+    with pytest.raises(
+        ConfigError, match=r"^data\.source\.columns\.system: no field of the format alpaca, known: instr"
+    ):
+        read(file, columns={"system": "context"})
+    with pytest.raises(DataError, match=r"columns\.input: no record has a field 'contxt', did you mean 'context'\?"):
+        read(file, columns={"input": "contxt"})
+    some = write(
+        tmp_path / "some.jsonl",
+        {"instruction": "q", "output": "a"},
+        {"context": "q", "output": "a", "instruction": "s"},
+    )
+    assert [d.messages for d in read(some, columns={"input": "context"})[0]] == [TURN, [SYSTEM, *TURN]]
+
+
 BROKEN = {
     "record": ('[\n{"a": 1},\n{"a": \n]', 4, "Expecting value"),
     "comma": ('[\n{"prompt": "q", "completion": "a"}\n{}]', 3, "expected , or ]"),
     "end": ('[{"prompt": "q", "completion": "a"}', 1, "expected , or ]"),
     "behind": ('[{"prompt": "q", "completion": "a"}]\n\nx', 3, "something follows the array"),
+    "trailing comma": ('[{"prompt": "q", "completion": "a"},\n\n]', 3, "no record between , and ]"),
     "deep": ("[" * 100_000, 1, "recursion"),
 }
 

@@ -36,11 +36,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(script: str, *arguments, terminal: int | None = None, **variables: str) -> subprocess.Popen:
     """A launcher; in the foreground of ``terminal``, the file of a pseudo-terminal, where one is given."""
-    in_terminal = {
-        "stdin": terminal,
-        "start_new_session": True,
-        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    }
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Where the tests run in the background of a script, what they start would ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    in_terminal = {"stdin": terminal, "start_new_session": True, "preexec_fn": take_terminal}
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts" / script), *map(str, arguments)],
         env=environment(**variables),

@@ -356,6 +356,14 @@ def test_sizes_are_sorted_numbers():
         read_sizes("0")
 
 
+@pytest.mark.parametrize("command", ["plan", "pretrain"])
+def test_a_configuration_of_tuning_is_refused(command, tnl_command):
+    code, _, err = tnl_command(command, "finetune/alpaca-7b-lora-zero3")
+    assert code == 2
+    assert "has a method section, so it is for tnl finetune; give tnl pretrain and tnl plan a configuration of" in err
+    assert "Traceback" not in err
+
+
 def test_deepspeed_is_not_imported():
     program = (
         "import sys; from tnl import cli; sys.argv = ['tnl', 'plan', 'pretrain/quickstart']; "

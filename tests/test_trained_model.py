@@ -156,6 +156,13 @@ def test_a_damaged_model_is_refused_with_its_name_and_runs_nothing(exported, tmp
         load_model(str(folder))
 
 
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^runs/mine: no such folder here, and config\.json of a hub model"):
+        load_model("runs/mine")
+
+
 def test_evaluation_refuses_what_it_cannot_do_before_it_begins(exported, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("tnl.evaluation.command.load_model", lambda *_, **__: pytest.fail("began"))
     with pytest.raises(ConfigError, match="no split 'foo', give one of train, heldout"):

@@ -55,6 +55,7 @@ class PackedData:
 
     loader: PackedRows
     tokenizer_sha256: str = "none"
+    fingerprint: str = "none"
     losses: tuple[float, ...] = ()  # held-out losses to report, by evaluation
 
     def resolved(self, settings):

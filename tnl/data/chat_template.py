@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tnl.data.records import show
+from tnl.data.records import encodable, show
 from tnl.errors import ConfigError
 
 # The text on which the reference tuned its models: a line "Human:", what the user says, a line "Assistant:", the answer
@@ -26,6 +26,12 @@ _OWN = {"reference": REFERENCE_TEMPLATE, "verbatim": VERBATIM_TEMPLATE}
 _BEGIN = "{{- bos_token -}}"
 # As runs save it; known, it is rendered without a process of its own.
 SAVED_REFERENCE = (REFERENCE_TEMPLATE, _BEGIN + REFERENCE_TEMPLATE)
+# Stands before a template that may write the date, and hides what transformers offers for that. The line break belongs
+# to the tag and is not written.
+_WITHOUT_DATE = (
+    "{% macro strftime_now(format) %}{{ raise_exception('it writes the date (strftime_now), so that the data "
+    "change every day and no run could go on; write a date out in a copy of it') }}{% endmacro %}\n"
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _MAX_FILE_BYTES = 2**20
 
@@ -94,7 +100,8 @@ def render_dialogue(template: str, messages: list[dict[str, str]], tokens: dict[
         tokens: special tokens by name, ``eos_token`` among them.
 
     Raises:
-        ValueError: the template changes earlier turns, leaves out an answer, or writes no end token behind one.
+        ValueError: the template changes earlier turns, leaves out a message, writes no end token behind an answer, or
+            writes the date.
         Exception: whatever an expression of the template can raise.
     """
     is_marked = _GENERATION.search(template) is not None
@@ -104,8 +111,10 @@ def render_dialogue(template: str, messages: list[dict[str, str]], tokens: dict[
         marks = [_added_text(template, messages, i, tokens, text) for i in turns]
     elif len(marks) != len(turns):
         raise ValueError(f"it marks {len(marks)} answers with {{% generation %}} in a dialogue that has {len(turns)}")
-    else:
-        _check_prompt(template, messages[: turns[-1]], tokens, text, marks[-1][0])
+    asked, start = messages[: turns[-1]], marks[-1][0]
+    _check_complete(asked, text[:start])
+    if is_marked:
+        _check_prompt(template, asked, tokens, text, start)
     eos, answers = tokens["eos_token"], []
     for i, (start, end) in zip(turns, marks, strict=True):
         if messages[i]["content"].strip() not in text[start:end]:
@@ -133,20 +142,28 @@ def _render(
 
     texts, marks = render_jinja_template(
         conversations=[messages],
-        chat_template=template,
+        chat_template=_WITHOUT_DATE + template if "strftime_now" in template else template,
         return_assistant_tokens_mask=marked,
         add_generation_prompt=prompt,
         **tokens,
     )
-    return texts[0], [tuple(mark) for mark in marks[0]] if marked else []
+    return encodable("what it writes", texts[0]), [tuple(mark) for mark in marks[0]] if marked else []
+
+
+def _check_complete(messages: list[dict[str, str]], text: str) -> None:
+    """Refuse a template that asks something else than ``messages`` do, in the ``text`` up to the last answer."""
+    for message in messages:
+        role, content = message["role"], message["content"].strip()
+        if role != "assistant" and content not in text:
+            raise ValueError(
+                f"it leaves out a message of the {role}, or changes it: {show(content)}; write message['content'] "
+                f"there, or remove the {role}'s message from the data"
+            )
 
 
 def _check_prompt(template: str, messages: list[dict[str, str]], tokens: dict[str, str], text: str, start: int) -> None:
     """Refuse a template with marks whose generation prompt is not what it wrote behind ``messages``, around where the
     answer begins at ``start`` in ``text``; what stands before may depend on later messages."""
-    question = messages[-1]["content"].strip() if messages else ""
-    if question not in text[:start]:
-        raise ValueError("it leaves out the message before an answer; write message['content'] there, too")
     without, before = (_render(template, messages, tokens, prompt=prompt)[0] for prompt in (False, True))
     added = before.removeprefix(without)
     if added not in text[max(0, start - len(added)) : start + len(added)]:

@@ -84,7 +84,10 @@ def _array_records(source: JsonInstructions, counts: SourceCounts, file: Path) -
             yield where, record
         position = _skip_blanks(text, end)
         if text.startswith(",", position):
-            position += 1
+            position = _skip_blanks(text, position + 1)
+            if text.startswith("]", position):
+                line += text.count("\n", counted, position)
+                raise _broken(file, line, "no record between , and ]", text[position:])
         elif not text.startswith("]", position):
             line += text.count("\n", counted, position)
             raise _broken(file, line, "expected , or ] behind a record", text[position:])

@@ -7,20 +7,13 @@ from dataclasses import dataclass
 from tnl.data.docstrings import signature_dialogues
 from tnl.data.instruction_records import iterate_records
 from tnl.data.records import SourceCounts, bad_record, check_bad_fraction, encodable, show, stdlib_folder
-from tnl.data.settings import FinetuneDataSettings, InstructionSource
-from tnl.errors import DataError
+from tnl.data.settings import FORMAT_FIELDS, FinetuneDataSettings, InstructionSource
+from tnl.errors import ConfigError, DataError, UserError, did_you_mean
 
 Messages = list[dict[str, str]]
 
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-# The fields by which a record shows its format; a format may have further ones.
-FORMAT_FIELDS = {
-    "alpaca": ("instruction", "output"),
-    "sharegpt": ("conversations",),
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-}
 _CURE = "correct the record, data.source.format or data.source.columns"
 
 
@@ -50,7 +43,9 @@ def iterate_dialogues(
 
     Raises:
         DataError: the source is missing, malformed (see `tnl.data.settings.RecordSource`), beyond its
-            ``max_bad_fraction``, or without a single dialogue; its format cannot be told.
+            ``max_bad_fraction``, or without a single dialogue; its format cannot be told; no record has one of the
+            ``columns``.
+        ConfigError: ``columns`` maps what is no field of the format.
     """
     source = settings.source
     is_ours = not isinstance(source, InstructionSource)
@@ -89,27 +84,46 @@ def _stdlib_dialogues(source, counts: SourceCounts) -> Iterator[Dialogue]:
 def _record_dialogues(source: InstructionSource, counts: SourceCounts) -> Iterator[Dialogue]:
     parse = None if source.format == "auto" else _PARSERS[source.format]
     seen: dict[str | int, str] = {}
+    unmet, fields = dict(source.columns), {}
     for where, record in iterate_records(source, counts, _CURE):
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"a record must be an object, found {type(record).__name__}")
+            if unmet:
+                fields |= dict.fromkeys(record)
+                unmet = {field: name for field, name in unmet.items() if name not in record}
             record = _renamed(record, source.columns)
-            parse = parse or _PARSERS[detect_format(record, where)]
+            parse = parse or _detected(source, record, where)
             messages = parse(record)
             _check_order(messages)
             _check_id(record, source.id_field, where, seen)
-        except DataError:
+        except UserError:
             raise
         except ValueError as error:
             bad_record(source, counts, f"{where}: {error}", _CURE)
             continue
         content = "\0".join(f"{message['role']}:{message['content']}" for message in messages)
         yield Dialogue(messages, where, hashlib.sha256(content.encode()).hexdigest())
+    if unmet and fields:
+        field, name = next(iter(unmet.items()))
+        raise DataError(
+            f"{source.path}: data.source.columns.{field}: no record has a field {show(name)}, "
+            f"{did_you_mean(show(name), map(show, fields))}"
+        )
 
 
 def _renamed(record: dict, columns: dict[str, str]) -> dict:
     """``record`` with the fields that ``columns`` names under the names of the format."""
     return {**record, **{field: record[name] for field, name in columns.items() if name in record}}
+
+
+def _detected(source: InstructionSource, record: dict, where: str) -> Callable[[dict], Messages]:
+    name = detect_format(record, where)
+    try:
+        source.check_columns(name)
+    except ValueError as error:
+        raise ConfigError(f"data.source.{error}") from None
+    return _PARSERS[name]
 
 
 def detect_format(record: dict, where: str) -> str:
@@ -164,7 +178,9 @@ def _list_of_messages(record: dict, field: str, role_key: str, text_key: str, ro
     if field not in record:
         raise ValueError(f"no field {show(field)}, found {show(', '.join(map(str, record)))}")
     found = record[field]
-    if not isinstance(found, list) or not found:
+    if found == []:
+        raise ValueError(f"field {show(field)} is an empty list; give a user's and an assistant's message")
+    if not isinstance(found, list):
         raise ValueError(f"field {show(field)} must be a list of messages, found {type(found).__name__}")
     system = _optional_text(record, "system")
     messages = [{"role": "system", "content": system}] if system.strip() else []

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from tnl.errors import did_you_mean
 from tnl.settings import Settings
 
 
@@ -121,6 +122,21 @@ class DataSettings(Settings):
     num_workers: Annotated[int, Field(ge=0)] = 0
 
 
+# The fields by which a record shows its format, and those that it can have besides.
+FORMAT_FIELDS = {
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+}
+_FURTHER_FIELDS = {
+    "alpaca": ("input",),
+    "sharegpt": ("system",),
+    "messages": ("system",),
+    "prompt_completion": ("system",),
+}
+
+
 class InstructionSource(RecordSource):
     """What every source of the user's own instruction data shares.
 
@@ -133,6 +149,20 @@ class InstructionSource(RecordSource):
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
     id_field: str | None = "id"
+
+    def check_columns(self, name: str) -> None:
+        """Raise ValueError where ``columns`` maps what is no field of the format ``name`` (``auto``: of any)."""
+        formats = FORMAT_FIELDS if name == "auto" else [name]
+        known = dict.fromkeys(field for key in formats for field in (*FORMAT_FIELDS[key], *_FURTHER_FIELDS[key]))
+        for field in self.columns:
+            if field not in known:
+                of = "any format" if name == "auto" else f"the format {name}"
+                raise ValueError(f"columns.{field}: no field of {of}, {did_you_mean(field, known)}")
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> "InstructionSource":
+        self.check_columns(self.format)
+        return self
 
 
 class JsonInstructions(InstructionSource):

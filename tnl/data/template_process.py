@@ -69,11 +69,12 @@ class TemplateRenderer:
         # Spawned, not forked: threads and a GPU that this process may have do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=_serve, args=(theirs, self._template.text, self._template.special_tokens), daemon=True
         )
-        self._process.start()
-        theirs.close()
+        with theirs:
+            process.start()
+        self._process = process  # one that did not start could not be ended
         self._receive(_START_TIMEOUT_S, "the start")
 
     def _receive(self, timeout_s: float, place: str) -> dict:

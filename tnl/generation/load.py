@@ -1,5 +1,7 @@
 """Loading a model and its tokenizer for evaluation and generation."""
 
+from pathlib import Path
+
 import torch
 
 from tnl.errors import ConfigError
@@ -93,6 +95,10 @@ def _load(loader, name: str, part: str, **options):
             f"{name}: {part} cannot be loaded without running code from that folder, which is never done; give a "
             "folder that tnl export or tnl convert wrote"
         )
-    raise ConfigError(
-        f"{name}: {part} cannot be loaded: {reason.splitlines()[0]}; correct it, or export or download the model again"
-    )
+    reason = reason.splitlines()[0]
+    if not Path(name).exists():
+        raise ConfigError(
+            f"{name}: no such folder here, and {part} of a hub model of that name cannot be loaded: {reason}; correct "
+            "the name, or train or export the model first"
+        )
+    raise ConfigError(f"{name}: {part} cannot be loaded: {reason}; correct it, or export or download the model again")

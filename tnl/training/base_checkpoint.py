@@ -53,6 +53,7 @@ class BaseCheckpoint:
     Attributes:
         name: as the configuration gives it.
         folder: where its files are.
+        public_name: by which others load it from anywhere: its hub name, or the folder.
         config: of the model that is trained: that of the checkpoint, with the run's vocabulary.
         weights: of the checkpoint, memory-mapped.
         fingerprint: of configuration and weights; see `tnl.model.fingerprint`.
@@ -60,6 +61,7 @@ class BaseCheckpoint:
 
     name: str
     folder: Path
+    public_name: str
     config: TransnormerConfig
     weights: dict[str, torch.Tensor]
     fingerprint: str
@@ -89,6 +91,7 @@ class BaseCheckpoint:
         return {
             "init_from": self.name,
             "folder": str(self.folder),
+            "public_name": self.public_name,
             "fingerprint": self.fingerprint,
             "config": self.config.to_dict(),
         }
@@ -117,7 +120,7 @@ def open_base(settings: RunSettings, ranks: Ranks, record: dict) -> BaseCheckpoi
     (highest,) = ranks.all_reduce([number], op=dist.ReduceOp.MAX)
     (lowest,) = ranks.all_reduce([number], op=dist.ReduceOp.MIN)
     if highest != lowest:
-        raise CheckpointError(f"init_from: {base.name}: not the same weights on all ranks; give all of them the same")
+        raise CheckpointError(f"init_from: {base.name}: not the same model on all ranks; give all of them the same")
     return base
 
 
@@ -128,7 +131,7 @@ def open_files(settings: RunSettings, record: dict, *, checks_values: bool = Fal
         checks_values: read all weights, to see whether they are finite.
     """
     name = settings.init_from
-    folder = _folder(name, record)
+    folder, public_name = _folder(name, record)
     config = load_config(str(folder))
     problems = model_differences(
         settings.model.model_dump(mode="json"), ModelSettings.describing(config).model_dump(mode="json"), name
@@ -148,16 +151,17 @@ def open_files(settings: RunSettings, record: dict, *, checks_values: bool = Fal
     computed = json.dumps(architecture(config), sort_keys=True, default=str)
     fingerprint = hashlib.sha256(f"{tensors_digest(weights.items())} {computed}".encode()).hexdigest()
     config.vocab_size = settings.model.vocab_size
-    return BaseCheckpoint(name, folder, config, weights, fingerprint, settings.seed)
+    return BaseCheckpoint(name, folder, public_name, config, weights, fingerprint, settings.seed)
 
 
-def _folder(name: str, record: dict) -> Path:
-    """The folder of ``init_from: name``: the one that the run began with, if it still has it."""
+def _folder(name: str, record: dict) -> tuple[Path, str]:
+    """The folder of ``init_from: name``, the one that the run began with if it still has it, and its public name."""
     if record.get("init_from") == name and Path(record["folder"]).is_dir():
-        return Path(record["folder"])
+        return Path(record["folder"]), record["public_name"]
     resolved = resolve_model(name)
     if Path(resolved).is_dir():
-        return Path(resolved).absolute()
+        folder = Path(resolved).absolute()
+        return folder, str(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -168,7 +172,7 @@ def _folder(name: str, record: dict) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"init_from: {name}: cannot be downloaded: {reason}; give a folder that holds it") from None
-    return folder
+    return folder, name
 
 
 def _check_weights(folder: Path, config: TransnormerConfig, weights: dict[str, torch.Tensor]) -> None:

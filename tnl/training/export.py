@@ -92,8 +92,14 @@ def _write(
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     trained = {name: tensor for name, tensor in weights.items() if name in names}
     frozen = [name for name, _ in model.named_parameters() if name not in trained]
-    if frozen:
-        trained |= _base_weights(run, settings, manifest, frozen)
+    base = _base(run, settings, manifest) if frozen else None
+    if base is not None:
+        if base.new_rows and _is_lora(settings) and not merge:
+            raise ConfigError(
+                f"{run}: {base.new_rows} token ids that the base {base.public_name} has not, so that an adapter alone "
+                "could not be loaded on it; add --merge"
+            )
+        trained |= {name: base.read(name).float() for name in frozen}
     model.to_empty(device="cpu")
     model.tie_weights()
     missing, unexpected = model.load_state_dict(trained, strict=False)
@@ -104,9 +110,7 @@ def _write(
         from tnl.training.methods import lora_of
 
         adapter = lora_of(settings.method, config)
-        # Where the base is, for the adapter's own config: a hub name, or the folder that was loaded.
-        name = settings.init_from
-        model.name_or_path = base_record(run)["folder"] if Path(name).exists() else name
+        model.name_or_path = base.public_name  # for the adapter's own config
         others = {name: tensor for name, tensor in weights.items() if name not in names}
         save_adapters(model, adapter, others, folder, merge=merge)
     else:
@@ -115,8 +119,8 @@ def _write(
         shutil.copyfile(file, folder / file.name)
 
 
-def _base_weights(run: Path, settings: RunSettings, manifest: dict, names: list[str]) -> dict[str, torch.Tensor]:
-    """fp32 values of parameters that did not train, from the checkpoint that the run began from.
+def _base(run: Path, settings: RunSettings, manifest: dict):
+    """The checkpoint that the run began from, a `BaseCheckpoint`.
 
     Raises:
         CheckpointError: it has other weights now.
@@ -125,8 +129,10 @@ def _base_weights(run: Path, settings: RunSettings, manifest: dict, names: list[
 
     base = open_files(settings, base_record(run))
     if base.fingerprint != manifest["base_fingerprint"]:
-        raise CheckpointError(f"{base.folder}: other weights than the run began from; put the old ones back")
-    return {name: base.read(name).float() for name in names}
+        raise CheckpointError(
+            f"{base.folder}: other weights or another config.json than the run began from; put the old ones back"
+        )
+    return base
 
 
 def _consolidate(checkpoint: Path, num_parts: int) -> dict[str, torch.Tensor]:

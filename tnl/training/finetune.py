@@ -42,6 +42,12 @@ class FinetuneData:
         pieces = json.dumps(sorted(self.tokenizer.get_vocab().items())) + self.instructions.template.text
         return hashlib.sha256(pieces.encode()).hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the examples, held-out ones too, and the tokenizer."""
+        heldout = self.instructions.heldout
+        return f"{self.loader.fingerprint} {heldout and heldout.fingerprint} {self.tokenizer_sha256}"
+
     def resolved(self, settings: FinetuneSettings) -> FinetuneSettings:
         """See `FinetuneSettings.resolved`."""
         return settings.resolved(self.loader.steps_per_epoch)

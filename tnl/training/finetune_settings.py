@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tnl.data.settings import FinetuneDataSettings
+from tnl.data.settings import FinetuneDataSettings, UserPath
 from tnl.errors import ConfigError
 from tnl.settings import Settings
 from tnl.training.settings import EvaluationSettings, RunSettings, ScheduleSettings, TrainSettings, raise_all
@@ -97,7 +97,7 @@ class FinetuneEvaluationSettings(EvaluationSettings):
 class FinetuneSettings(RunSettings):
     """One fine-tuning run."""
 
-    init_from: str = Field(description="checkpoint to begin from: hub name, model folder or run folder")
+    init_from: UserPath = Field(description="checkpoint to begin from: hub name, model folder or run folder")
     method: Annotated[FullMethod | LoraMethod, Field(discriminator="kind")]
     data: FinetuneDataSettings
     train: FinetuneTrainSettings

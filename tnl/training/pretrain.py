@@ -123,7 +123,7 @@ def train(
         data = task.open_data(settings, mesh, tokenizer)
         settings = data.resolved(settings)
         suite = open_suite(settings)
-    check_same_data(f"{data.loader.fingerprint} {data.tokenizer_sha256}", ranks)
+    check_same_data(data.fingerprint, ranks)
     with contextlib.ExitStack() as stack:
         problem = None
         if ranks.is_main:
@@ -132,9 +132,9 @@ def train(
                     named_step(CheckpointStore(settings.output / CHECKPOINTS), resume)
                 if fresh:
                     move_aside(settings.output)
-                check_run_folder(settings)
+                check_run_folder(settings, data.loader.fingerprint)
                 stack.callback(RunLock(settings.output).close)
-                check_run_folder(settings)
+                check_run_folder(settings, data.loader.fingerprint)
                 # Of an earlier run that ended before it saw it.
                 (settings.output / STOP_FILE).unlink(missing_ok=True)
                 record_start(settings.output, settings.train.steps, starts)

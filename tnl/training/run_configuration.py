@@ -3,6 +3,7 @@
 Nothing heavy is imported where there is none, so that a mistake is told at once.
 """
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,16 +22,21 @@ def load_settings(
 
     Raises:
         ConfigError: also where the section gives a value that is not the checkpoint's. A greater ``vocab_size``
-            extends the vocabulary.
+            extends the vocabulary. A configuration of tuning where one of pretraining is wanted.
     """
     tree, source = configuration.read(name, overrides, values)
+    if "method" in tree and "method" not in kind.model_fields:
+        raise ConfigError(
+            f"{source}: has a method section, so it is for tnl finetune; give tnl pretrain and tnl plan a "
+            "configuration of pretraining (with the same model and train sections its plan is that of method.kind full)"
+        )
     base = tree.get("init_from")
     if isinstance(base, str):
         from tnl.training.base_checkpoint import base_config
 
         section = tree.get("model")
         given = section if isinstance(section, dict) else {}
-        found = ModelSettings.describing(base_config(base)).model_dump(mode="json")
+        found = ModelSettings.describing(base_config(os.path.expanduser(base))).model_dump(mode="json")
         problems = model_differences(given, found, base)
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

@@ -34,6 +34,7 @@ class RunData(Protocol):
 
     loader: Loader
     tokenizer_sha256: str
+    fingerprint: str  # of all that ranks must have alike, what is held out, too
 
     def resolved(self, settings: RunSettings) -> RunSettings:
         """``settings`` with what only the data tell."""
@@ -66,6 +67,11 @@ class PretrainData:
     def tokenizer_sha256(self) -> str:
         """Of the sentencepiece file beside the shards."""
         return self.shards.index.tokenizer_sha256
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the shards, held-out ones too, and their tokenizer."""
+        return f"{self.loader.fingerprint} {self.tokenizer_sha256}"
 
     def resolved(self, settings: PretrainSettings) -> PretrainSettings:
         """``settings`` as they are."""

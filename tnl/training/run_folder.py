@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from tnl import config
-from tnl.errors import CannotWriteError, ConfigError
+from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.model.configuration import TransnormerConfig
 from tnl.model.kinds import ModelConfig, model_config
+from tnl.training.commit import CheckpointStore
 from tnl.training.finetune_settings import FinetuneSettings
 from tnl.training.lock import RunLock
 from tnl.training.settings import PretrainSettings, RunSettings
@@ -32,6 +33,8 @@ FREE_KEYS = (
     "evaluation.",
     "logging.",
 )
+# What follows from the number of examples where the configuration gives epochs, and a part of the run as warm-up.
+KEYS_OF_EPOCHS = ("train.steps", "schedule.warmup_steps")
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -56,12 +59,13 @@ def config_hash(settings: RunSettings) -> str:
     return hashlib.sha256(repr(sorted(bound.items())).encode()).hexdigest()
 
 
-def check_run_folder(settings: RunSettings) -> None:
+def check_run_folder(settings: RunSettings, data_fingerprint: str) -> None:
     """Refuse an output folder that is not this run's; nothing is written.
 
     Raises:
         ConfigError: the folder holds a run of another configuration (the differing keys are listed), or is no run
             folder.
+        DataError: its run has another length because its data have changed.
     """
     folder = settings.output
     if any(character in "*?[" for character in str(folder.resolve())):
@@ -73,7 +77,7 @@ def check_run_folder(settings: RunSettings) -> None:
     if (folder / CONFIG).exists():
         checkpoints = folder / CHECKPOINTS
         if checkpoints.is_dir() and any(checkpoints.iterdir()):  # until then a run may still be corrected
-            _check_same_run(settings, folder / CONFIG)
+            _check_same_run(settings, folder / CONFIG, data_fingerprint)
     elif any(p.name not in (".lock", "STOP") and not p.name.startswith(STATUS) for p in folder.iterdir()):
         raise ConfigError(f"output: {folder}: exists and is no run folder; choose another, or move it away")
 
@@ -94,19 +98,27 @@ def move_aside(folder: Path) -> None:
         raise CannotWriteError(f"{folder}: {error.strerror}; choose another output folder") from None
 
 
-def _check_same_run(settings: RunSettings, effective: Path) -> None:
+def _check_same_run(settings: RunSettings, effective: Path, data_fingerprint: str) -> None:
     old = _flat(config.read_yaml(effective))
     new = _flat(config.read_yaml_text(config.dump(settings)))
-    differing = [
-        f"  {key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+    differing = {
+        key: f"  {key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
-    ]
+    }
+    store = CheckpointStore(effective.parent / CHECKPOINTS)
+    steps = store.steps() if differing and differing.keys() <= set(KEYS_OF_EPOCHS) else []
+    if steps and store.manifest(steps[-1])["data_fingerprint"] != data_fingerprint:
+        path = new.get("data.source.path") or new.get("data.shards") or "data.source"
+        raise DataError(
+            f"{path}: not the data that the run in {effective.parent} began with; point the data section to those, or "
+            "begin a new run in another output folder\n" + "\n".join(differing.values())
+        )
     if differing:
         raise ConfigError(
             f"{effective.parent}: holds a run with another configuration; set another output, undo the change, or "
             "begin a new "
-            "run here with --fresh (the old folder is kept)\n" + "\n".join(differing)
+            "run here with --fresh (the old folder is kept)\n" + "\n".join(differing.values())
         )
 
 

@@ -40,8 +40,8 @@ def check_same_run(manifest: dict, own: dict, checkpoint: Path) -> None:
         )
     if manifest["base_fingerprint"] != own["base_fingerprint"]:
         raise CheckpointError(
-            f"{checkpoint}: began from other weights than those that init_from has now; put the old ones back, or "
-            "begin a new run in another output folder"
+            f"{checkpoint}: began from other weights or another config.json than init_from has now; put the old "
+            "ones back, or begin a new run in another output folder"
         )
     if manifest["config_sha256"] != own["config_sha256"]:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tnl.data.settings import DataSettings
+from tnl.data.settings import DataSettings, UserPath
 from tnl.errors import did_you_mean
 from tnl.model.settings import ModelSettings
 from tnl.settings import Settings
@@ -279,7 +279,7 @@ class RunSettings(Settings):
 
     output: Path = Field(description="run folder; the same folder resumes")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of weights and data order")
-    init_from: str | None = Field(
+    init_from: UserPath | None = Field(
         default=None, description="checkpoint to begin from: hub name, model folder or run folder; default none"
     )
     model: ModelSettings
