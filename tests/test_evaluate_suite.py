@@ -178,6 +178,7 @@ def test_a_limit_of_length_is_counted(folder, tnl_command, tmp_path):
         (["--suite", "quick", "--tasks", "copy"], "--tasks: quick has no task 'copy', did you mean tnl_copy?"),
         (["--tasks", "hellaswagg"], "no task 'hellaswagg', did you mean hellaswag?"),
         (["--tasks", " , "], "--tasks: names none"),
+        (["--tasks", "arc_challenge,openllm"], "arc_challenge: wanted in two ways (as it is, {'fewshot_split': "),
         (["--tasks", "humaneval"], "humaneval: runs programs that the model writes"),
         (["--suite", "quick", "--bench", "nope.json"], "nope.json: No such file or directory; correct --bench"),
         (["--tasks", "boolq", "--data-dir", "nope"], "nope: no such folder; correct --data-dir"),

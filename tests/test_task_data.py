@@ -189,6 +189,25 @@ def test_what_is_fetched_is_read_again(tmp_path):
     assert (len(asked), said[-1]) == (1, "scrolls_qmsum: there already")
 
 
+def test_one_data_set_that_cannot_be_had_leaves_the_others(tmp_path):
+    class NoAnswerError(Exception):
+        """As the client of the hub raises it."""
+
+    def load(path, name=None, **options):
+        if path == "baber/piqa":
+            raise NoAnswerError("no network")
+        return datasets.DatasetDict(validation=datasets.Dataset.from_list([{"a": 1}]))
+
+    with pytest.raises(DataError, match=r"not fetched; (.|\n)*piqa: baber/piqa: no network"):
+        fetch(["piqa", "boolq"], tmp_path / "tasks", report=lambda text: None, load=load)
+    assert [file.name for file in (tmp_path / "tasks").iterdir()] == ["boolq"]
+
+
+def test_texts_take_no_examples(tmp_path):
+    write_tasks(tmp_path, ("wikitext",))
+    assert build(tmp_path, "wikitext", 5).get_config("num_fewshot") == 0
+
+
 @pytest.mark.parametrize("name", QUICK_TASKS)
 def test_quick_tasks_make_the_same_data_every_time(name, library):
     first, second = (list(library.build(Leaf(name), None).eval_docs) for _ in range(2))

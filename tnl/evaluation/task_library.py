@@ -120,6 +120,8 @@ class TaskLibrary:
                     manager = self._own if leaf.name in OWN_TASKS else self._manager(leaf.name)
                     (task,) = manager.load([self._spec(leaf)])["tasks"].values()
                     shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
+                    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # a text alone, whatever is asked
+                        shots = 0
                     num_examples = len(list(task.fewshot_docs() or [])) if shots else 0
                     # lm-eval draws one more where it compares these two, to leave out the question itself.
                     needed = shots + (task.fewshot_cfg.split == task.config.test_split) if shots else 0
