@@ -55,6 +55,17 @@ def test_missing_data_are_named_with_what_fetches_them(tmp_path):
     )
 
 
+def test_files_on_the_hub_that_a_task_names_are_missing_data():
+    with pytest.raises(MissingDataError, match="where there is a network: tnl data fetch prost"):
+        build(None, "prost")
+
+
+def test_a_task_that_ends_the_process_is_left_out(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(DataError, match="slr_bench_hard: cannot be built .*SWI-Prolog"):
+        build(None, "slr_bench_hard")
+
+
 def test_nobody_is_asked_and_the_switch_is_set_back(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)

@@ -92,7 +92,7 @@ class TaskData:
             found = original(path, name, **options)
         # A data set that is a program is refused by `datasets` with a RuntimeError.
         except (OSError, ValueError, RuntimeError) as error:
-            if path in FILE_KINDS:
+            if path in FILE_KINDS and not isinstance(error, ConnectionError):
                 raise DataError(f"{task}: {str(error).splitlines()[0]}") from None
             what = path if name is None else f"{path} ({name})"
             raise MissingDataError(
