@@ -183,7 +183,9 @@ def measure(
     for name, selection in tasks.selections.items():
         parts = [single[leaf.name] for leaf in selection.leaves if leaf.name in single]
         if parts:
-            scores[name] = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
+            whole = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
+            # A group of which no mean makes sense stands for its tasks.
+            scores[name] = whole or [score for part in parts for score in part]
     return Measured(scores, [score for found in single.values() for score in found], losses)
 
 
