@@ -62,7 +62,7 @@ def test_files_on_the_hub_that_a_task_names_are_missing_data():
 
 def test_a_task_that_ends_the_process_is_left_out(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(DataError, match="slr_bench_hard: cannot be built .*SWI-Prolog"):
+    with pytest.raises(DataError, match=r"slr_bench_hard: cannot be built .*SWI-Prolog"):
         build(None, "slr_bench_hard")
 
 
