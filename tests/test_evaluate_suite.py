@@ -159,6 +159,18 @@ def test_the_command_ends_with_a_code_that_says_that_data_are_missing(folder, tn
     assert [(score["task"], score["num_documents"]) for score in found] == [("boolq", 2), ("mmlu_anatomy", 2)]
 
 
+def test_a_group_of_which_no_mean_makes_sense_stands_for_its_tasks(folder, tnl_command, tmp_path):
+    write_rows(tmp_path / "tasks/cola/validation.jsonl", [{"sentence": f"s {i}", "label": i % 2} for i in range(4)])
+    pairs = [{"sentence1": f"s {i}", "sentence2": "t", "label": i % 2} for i in range(4)]
+    write_rows(tmp_path / "tasks/mrpc/validation.jsonl", pairs)
+    options = ["--tasks", "glue", "--data-dir", tmp_path / "tasks", "--output", tmp_path / "out"]
+    code, out, _ = tnl_command("evaluate", folder / "model", *options)
+    assert code == EXIT_DATA
+    found = json.loads((tmp_path / "out/scores.json").read_text())["scores"]["glue"]
+    assert [(score["task"], score["metric"]) for score in found] == [("cola", "mcc"), ("mrpc", "acc"), ("mrpc", "f1")]
+    assert "mcc" in out
+
+
 def test_a_limit_of_length_is_counted(folder, tnl_command, tmp_path):
     options = ["--data-dir", folder / "tasks", "--max-length", "30", "--batch-tokens", "64", "--output", tmp_path]
     assert tnl_command("evaluate", folder / "model", "--tasks", "boolq", *options)[0] == 0
@@ -178,6 +190,7 @@ def test_a_limit_of_length_is_counted(folder, tnl_command, tmp_path):
         (["--suite", "quick", "--tasks", "copy"], "--tasks: quick has no task 'copy', did you mean tnl_copy?"),
         (["--tasks", "hellaswagg"], "no task 'hellaswagg', did you mean hellaswag?"),
         (["--tasks", " , "], "--tasks: names none"),
+        (["--tasks", "arc_challenge,openllm"], "arc_challenge: wanted in two ways (as it is, {'fewshot_split': "),
         (["--tasks", "humaneval"], "humaneval: runs programs that the model writes"),
         (["--suite", "quick", "--bench", "nope.json"], "nope.json: No such file or directory; correct --bench"),
         (["--tasks", "boolq", "--data-dir", "nope"], "nope: no such folder; correct --data-dir"),

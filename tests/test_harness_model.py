@@ -371,7 +371,8 @@ def test_on_a_gpu_scores_and_texts_equal_hf(tokenizers, max_state_bytes):
         ("generate_until", ("the", {"max_gen_toks": 0}), "asks for 0 new tokens"),
         ("generate_until", ("the", {"max_gen_toks": 20}), "asks for 20 new tokens, max_length is 20"),
         ("generate_until", ("the", {"do_sample": True, "temperature": 0.0}), "temperature of 0"),
-        ("generate_until", ("the", {"num_beams": 4}), "num_beams and max_length are not supported"),
+        ("generate_until", ("the", {"num_beams": 4}), "its generation_kwargs have num_beams, not supported here"),
+        ("generate_until", ("the", {"stop": "x", "typical_p": 0.5}), "its generation_kwargs have stop, typical_p, not"),
     ],
 )
 def test_a_request_without_an_answer_is_named(model, tokenizers, kind, arguments, message):

@@ -1,17 +1,21 @@
 """`tnl probe`: facts found again, losses by position, and what is written of them."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.test_report import is_png
 from tests.tiny_folder import tiny_folder
 from tests.tiny_model import tiny_model
-from tnl.errors import ConfigError, DataError, NonFiniteError
+from tnl.errors import EXIT_CANNOT_WRITE, ConfigError, DataError, NonFiniteError
 from tnl.evaluation import haystack, retrieval
 from tnl.evaluation.position_loss import position_loss
 from tnl.evaluation.retrieval import NEEDLE, PASSKEY, make_samples, retrieve, summary
@@ -113,6 +117,22 @@ def test_samples_are_a_function_of_the_seed(tokenizer):
     numbers = [tokenizer.decode(ids).strip() for ids in answers(0)]
     assert len(set(numbers)) == 12
     assert all(len(number) == 7 for number in numbers)
+
+
+def test_a_tokenizer_without_digits_is_refused():
+    """All numbers would be equally likely, and the true one the most likely of all."""
+    words = {word: i for i, word in enumerate(["[UNK]", *NEEDLE.question.split()])}
+    plain = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = Whitespace()
+    with pytest.raises(ConfigError, match="needle: the model's tokenizer makes one of different numbers"):
+        make_samples(NEEDLE, PreTrainedTokenizerFast(tokenizer_object=plain), 1, 2, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(tnl_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    code, _, err = tnl_command("probe", "lengths", "no-such-model", "--output", tmp_path)
+    assert "not writable; give another --output" in err
+    assert code == EXIT_CANNOT_WRITE
 
 
 def test_lengths_that_hold_no_question_are_refused(model, tokenizer):

@@ -103,6 +103,8 @@ def test_two_models_that_were_asked_other_things_are_refused(tmp_path):
         compare_scores([first, other], tmp_path / "out")
     with pytest.raises(ConfigError, match="no task was measured in both"):
         compare_scores([first, result(tmp_path / "d", {"u": answers([0])})], tmp_path / "out")
+    with pytest.raises(ConfigError, match="one of them is given twice"):
+        compare_scores([first, first / "scores.json"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -121,6 +123,6 @@ def test_bad_input_is_one_message(tmp_path, tnl_command):
     assert (code, err.count("\n")) == (2, 1)
     assert "compare results with results, or runs with runs" in err
     (first / "prompts" / "t.jsonl").write_text('{"doc_id": 1}\n')
-    code, _, err = tnl_command("compare", first, first)
+    code, _, err = tnl_command("compare", first, result(tmp_path / "b", {"t": answers([0, 1])}))
     assert (code, err.count("\n")) == (65, 1)
     assert "t.jsonl: damaged" in err

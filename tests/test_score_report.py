@@ -75,6 +75,11 @@ def test_numbers_that_are_very_large_are_short():
 
 # Benchmarks of speed
 
+TRAINED = (
+    '{"command": "tnl bench train tnl-1b", "gpu": null, "dtype": "float32", '
+    '"rows": [{"kind": "tnl", "parameters": 1, "oom": false, "tgs": %s, "length": %s}]}'
+)
+
 
 def test_measured_speed_joins_the_published(tmp_path):
     train, generate = speed_tables([RESULTS / "train_1b_h100.json", RESULTS / "generate_h100.json"])
@@ -96,6 +101,8 @@ def test_measured_speed_joins_the_published(tmp_path):
         ("{", "not JSON"),
         ('{"command": "tnl doctor"}', "not written by tnl bench train --json"),
         ('{"command": "tnl bench train tnl-1b", "rows": [{}]}', "incomplete (KeyError: 'oom')"),
+        (TRAINED % ("NaN", "2048"), "incomplete (ValueError: nan is no figure)"),
+        (TRAINED % ("3", '"long"'), "incomplete (ValueError: invalid literal for int()"),
     ],
 )
 def test_another_file_is_refused(content, message, tmp_path):

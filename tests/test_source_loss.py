@@ -16,7 +16,7 @@ from tnl.data.shards import ShardSet
 from tnl.data.source_names import MAX_NAMES, runs_of, source_name
 from tnl.errors import DataError
 from tnl.evaluation.heldout import heldout_loss
-from tnl.evaluation.source_loss import source_losses, source_ranges
+from tnl.evaluation.source_loss import SourceDocuments, documents_by_source, source_losses
 from tnl.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -60,12 +60,30 @@ def test_shards_say_where_their_held_out_documents_are_from(shards):
     found = {name: count for name, count in heldout.index.heldout_sources}
     assert found.keys() == {"books", "code"}
     assert sum(found.values()) == heldout.num_documents
-    (books,), (code,) = source_ranges(heldout).values()
+    books, code = documents_by_source(heldout).values()
     assert books.num_tokens + code.num_tokens == heldout.num_tokens
     assert len(books.document_starts(0, books.num_tokens)) == found["books"]
     assert books.document_starts(0, 1).tolist() == code.document_starts(0, 1).tolist() == [0]
     everything = np.concatenate([part.tokens(0, part.num_tokens) for part in (books, code)])
     assert np.array_equal(everything, heldout.tokens(0, heldout.num_tokens))
+
+
+def test_documents_of_a_source_stand_one_behind_the_other(shards):
+    heldout = ShardSet.open(shards, "heldout")
+    starts = [*heldout.document_starts(0, heldout.num_tokens).tolist(), heldout.num_tokens]
+    documents = SourceDocuments(heldout)
+    chosen = [(0, 1), (2, 4), (4, 5)]
+    for first, last in chosen:
+        documents.add(starts[first], starts[last])
+    expected = np.concatenate([heldout.tokens(starts[first], starts[last]) for first, last in chosen])
+    lengths = [starts[i + 1] - starts[i] for i in (0, 2, 3, 4)]
+    bounds = np.cumsum([0, *lengths])
+    assert documents.num_tokens == bounds[-1]
+    rng = np.random.default_rng(0)
+    for start, stop in [(0, bounds[-1]), (bounds[-1], bounds[-1]), *np.sort(rng.integers(0, bounds[-1] + 1, (50, 2)))]:
+        assert np.array_equal(documents.tokens(start, stop), expected[start:stop])
+        found = documents.document_starts(start, stop)
+        assert found.tolist() == [bound for bound in bounds[:-1] if start <= bound < stop]
 
 
 def test_one_source_is_none(tmp_path):

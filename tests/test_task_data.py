@@ -55,6 +55,17 @@ def test_missing_data_are_named_with_what_fetches_them(tmp_path):
     )
 
 
+def test_files_on_the_hub_that_a_task_names_are_missing_data():
+    with pytest.raises(MissingDataError, match=r"is not in the cache of datasets; .*: tnl data fetch prost"):
+        build(None, "prost")
+
+
+def test_a_task_that_ends_the_process_is_left_out(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(DataError, match=r"slr_bench_hard: cannot be built .*SWI-Prolog"):
+        build(None, "slr_bench_hard")
+
+
 def test_nobody_is_asked_and_the_switch_is_set_back(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
@@ -187,6 +198,25 @@ def test_what_is_fetched_is_read_again(tmp_path):
     assert document["outputs"] == ["the state", "self"]
     fetch(["scrolls_qmsum"], folder, report=said.append, load=load)
     assert (len(asked), said[-1]) == (1, "scrolls_qmsum: there already")
+
+
+def test_one_data_set_that_cannot_be_had_leaves_the_others(tmp_path):
+    class NoAnswerError(Exception):
+        """As the client of the hub raises it."""
+
+    def load(path, name=None, **options):
+        if path == "baber/piqa":
+            raise NoAnswerError("no network")
+        return datasets.DatasetDict(validation=datasets.Dataset.from_list([{"a": 1}]))
+
+    with pytest.raises(DataError, match=r"not fetched; (.|\n)*piqa: baber/piqa: no network"):
+        fetch(["piqa", "boolq"], tmp_path / "tasks", report=lambda text: None, load=load)
+    assert [file.name for file in (tmp_path / "tasks").iterdir()] == ["boolq"]
+
+
+def test_texts_take_no_examples(tmp_path):
+    write_tasks(tmp_path, ("wikitext",))
+    assert build(tmp_path, "wikitext", 5).get_config("num_fewshot") == 0
 
 
 @pytest.mark.parametrize("name", QUICK_TASKS)

@@ -2,6 +2,7 @@
 
 import math
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -39,6 +40,15 @@ def test_a_metric_without_closed_form_is_resampled():
     found = metric_error(median, items)
     assert found == metric_error(median, items)
     assert found == pytest.approx(4.9, rel=0.2)
+
+
+def test_resampling_is_silent(recwarn):
+    def doubtful(items):
+        warnings.warn("few of them", stacklevel=1)
+        return items[0]
+
+    assert metric_error(doubtful, [1.0, 2.0]) > 0
+    assert not recwarn
 
 
 def test_a_group_is_the_mean_over_documents_or_over_tasks():

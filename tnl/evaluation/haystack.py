@@ -47,7 +47,7 @@ def _file_blocks(file: Path) -> Iterator[str]:
             while block := stream.read(BLOCK_CHARACTERS):
                 yield block + stream.readline(BLOCK_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"{file}: cannot be read ({reason}); give a text file in UTF-8") from None
 
 

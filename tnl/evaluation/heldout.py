@@ -117,7 +117,7 @@ def heldout_loss(
     """Loss of ``model`` on a held-out split.
 
     Args:
-        shards: a split, or a `tnl.evaluation.source_loss.ShardRange` of one.
+        shards: a split, or a `tnl.evaluation.source_loss.SourceDocuments` of one.
         model: `TransnormerForCausalLM`, or a DeepSpeed engine around one; a `LlamaBaseline` with a ``window`` only.
         max_tokens: read the first so many tokens only.
         window: restart the context every so many tokens; None gives every document its full context, in constant

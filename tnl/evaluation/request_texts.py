@@ -16,6 +16,9 @@ from tnl.model.state import TransnormerState
 DEFAULT_NEW_TOKENS = 256  # as lm-eval's own adapters have it
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 DEFAULT_TOP_K = 50  # of transformers' ``generate``
+# Of its other arguments, those that mean the same in every batch; it passes over some in silence.
+OPTIONS = {"repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens"}
+OPTIONS |= {"begin_suppress_tokens", "min_new_tokens"}
 # Ids from here on stand for the last token of a prompt: no two prompts share it.
 UNSHARED = 2**31
 
@@ -38,8 +41,14 @@ def generation_settings(request: Instance, eos: str | None, name: str) -> Genera
         raise DataError(f"{name}: asks for {new_tokens} new tokens; give max_gen_toks of 1 or more")
     if is_sampled and not sampling["temperature"]:
         raise DataError(f"{name}: do_sample with a temperature of 0; give one above 0, or leave do_sample out")
-    if arguments.pop("num_beams", 1) != 1 or "max_length" in arguments:
-        raise DataError(f"{name}: num_beams and max_length are not supported; give max_gen_toks only")
+    if arguments.get("num_beams") == 1:
+        del arguments["num_beams"]
+    unsupported = sorted(arguments.keys() - OPTIONS)
+    if unsupported:
+        raise DataError(
+            f"{name}: its generation_kwargs have {', '.join(unsupported)}, not supported here; supported beside until, "
+            f"max_gen_toks, do_sample, {', '.join(SAMPLING)}: {', '.join(sorted(OPTIONS))}"
+        )
     if is_sampled and sampling["top_k"] is None:
         sampling["top_k"] = DEFAULT_TOP_K
     return GenerationSettings(new_tokens, tuple(until), sampling if is_sampled else None, arguments)

@@ -78,7 +78,11 @@ class Found:
 
 
 def make_samples(kind: Retrieval, tokenizer, count: int, num_candidates: int, seed: int) -> list[Sample]:
-    """``count`` facts with other numbers, and in turn other cities."""
+    """``count`` facts with other numbers, and in turn other cities.
+
+    Raises:
+        ConfigError: a tokenizer without digits.
+    """
     draw = random.Random(seed)
     numbers = range(10 ** (kind.digits - 1), 10**kind.digits)
     samples = []
@@ -88,6 +92,8 @@ def make_samples(kind: Retrieval, tokenizer, count: int, num_candidates: int, se
         question = kind.question.format(**words)
         before = _ids(tokenizer, question)
         answers = [_ids(tokenizer, f"{question} {value}")[len(before) :] for value in values]
+        if len({tuple(answer) for answer in answers}) < len(answers):
+            raise ConfigError(f"{kind.name}: the model's tokenizer makes one of different numbers; give another model")
         samples.append(Sample(_ids(tokenizer, kind.needle.format(**words)), before, answers))
     return samples
 

@@ -1,6 +1,7 @@
 """Figures of `tnl bench train` and `tnl bench generate` as tables of the report, beside the published ones."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,19 @@ def _source(figures: dict[str, Any]) -> str:
     return f"{figures['gpu'] or 'CPU'}, {figures['dtype']}, {versions}: {figures['command']}"
 
 
+def _cell(value: Any) -> Cell:
+    """A figure; ValueError where it is none."""
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value} is no figure")
+    return Cell(float(value))
+
+
 def _train_rows(figures: dict[str, Any]) -> list[Row]:
     """One row for each kind of model, one column for each length."""
     name, found = figures["command"].split()[3], {}
     for row in figures["rows"]:
         if not row["oom"]:
-            found.setdefault((row["kind"], row["parameters"]), {})[str(row["length"])] = Cell(float(row["tgs"]))
+            found.setdefault((row["kind"], row["parameters"]), {})[str(int(row["length"]))] = _cell(row["tgs"])
     return [
         Row((f"{name} ({kind})", f"{parameters / 1e9:.2f}B"), cells, OURS, _source(figures))
         for (kind, parameters), cells in found.items()
@@ -81,8 +89,8 @@ def _generate_rows(figures: dict[str, Any]) -> list[Row]:
         if not figures.get(steps):
             continue
         best = max(figures[steps], key=lambda row: row["decode_tokens_per_s"])
-        cells = {"of decoding alone": Cell(float(best["decode_tokens_per_s"])), "batch": Cell(float(best["batch"]))}
+        cells = {"of decoding alone": _cell(best["decode_tokens_per_s"]), "batch": _cell(best["batch"])}
         if figures.get(whole):
-            cells["tokens/s"] = Cell(float(max(row["tokens_per_s"] for row in figures[whole])))
+            cells["tokens/s"] = _cell(max(row["tokens_per_s"] for row in figures[whole]))
         rows.append(Row((f"{name} ({label})", "-"), cells, OURS, _source(figures)))
     return rows

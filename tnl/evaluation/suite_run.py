@@ -72,9 +72,9 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
 
     Raises:
         ConfigError: no such task or metric, a task that runs generated code without being confirmed, or one that is
-            wanted with two numbers of examples.
+            wanted in two ways.
     """
-    found, shots = Plan(), {}
+    found, ways = Plan(), {}
     for each in wanted:
         found.selections[each.name] = library.select(each.name)
         for leaf in found.selections[each.name].leaves:
@@ -83,13 +83,21 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
                     f"{leaf.name}: runs programs that the model writes, on this machine and as you; leave it out, or "
                     "start in a container without anything of value and give --confirm-unsafe"
                 )
-            if shots.setdefault(leaf.name, each.num_fewshot) != each.num_fewshot:
+            changes = _changes(leaf, each)
+            if ways.setdefault(leaf.name, changes) != changes:
                 raise ConfigError(
-                    f"{leaf.name}: wanted with two numbers of examples; give --few-shot, or leave one out"
+                    f"{leaf.name}: wanted in two ways ({ways[leaf.name] or 'as it is'}, {changes or 'as it is'}); give "
+                    "--few-shot if that is all, or measure them one by one"
                 )
     for each in wanted:
         _build(library, each, found)
     return found
+
+
+def _changes(leaf: Leaf, wanted: Wanted) -> dict[str, Any]:
+    """What is not as the task itself has it, but names."""
+    changes = {key: value for key, value in leaf.changes.items() if not key.endswith("alias")}
+    return changes if wanted.num_fewshot is None else changes | {"num_fewshot": wanted.num_fewshot}
 
 
 def _build(library: TaskLibrary, wanted: Wanted, found: Plan) -> None:
@@ -175,7 +183,9 @@ def measure(
     for name, selection in tasks.selections.items():
         parts = [single[leaf.name] for leaf in selection.leaves if leaf.name in single]
         if parts:
-            scores[name] = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
+            whole = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
+            # A group of which no mean makes sense stands for its tasks.
+            scores[name] = whole or [score for part in parts for score in part]
     return Measured(scores, [score for found in single.values() for score in found], losses)
 
 

@@ -92,19 +92,19 @@ class TaskData:
             found = original(path, name, **options)
         # A data set that is a program is refused by `datasets` with a RuntimeError.
         except (OSError, ValueError, RuntimeError) as error:
-            if path in FILE_KINDS:
+            if path in FILE_KINDS and not isinstance(error, ConnectionError):
                 raise DataError(f"{task}: {str(error).splitlines()[0]}") from None
             what = path if name is None else f"{path} ({name})"
             raise MissingDataError(
-                f"{task}: its data set {what} is neither {self._looked()}in the cache of datasets; where there is a "
-                f"network: tnl data fetch {task}"
+                f"{task}: its data set {what} is {self._looked()} the cache of datasets; where there is a network: "
+                f"tnl data fetch {task}"
             ) from None
         parts = found.values() if isinstance(found, datasets.DatasetDict) else [found]
         self.sources[task] = {f"{path} {name or ''}".strip(): "+".join(part._fingerprint for part in parts)}
         return found
 
     def _looked(self) -> str:
-        return "" if self._folder is None else f"in {self._folder} nor "
+        return "not in" if self._folder is None else f"neither in {self._folder} nor in"
 
     def _read_folder(self, task: str, folder: Path) -> "datasets.DatasetDict":
         self.sources[task], self.absent[task] = {}, []

@@ -43,8 +43,10 @@ def fetch(
         else:
             try:
                 splits = _load(load, library, leaf)
-            except (OSError, ValueError, RuntimeError) as error:
-                failed.append(f"{leaf.name}: {path} {name or ''}: {str(error).splitlines()[0]}")
+            # `datasets` lets through what its client of the hub raises, of whatever type.
+            except Exception as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                failed.append(f"{leaf.name}: {' '.join(filter(None, (path, name)))}: {reason}")
                 continue
             with new_folder(target) as scratch:
                 for split, rows in splits.items():

@@ -120,6 +120,8 @@ class TaskLibrary:
                     manager = self._own if leaf.name in OWN_TASKS else self._manager(leaf.name)
                     (task,) = manager.load([self._spec(leaf)])["tasks"].values()
                     shots = num_fewshot if num_fewshot is not None else task.get_config("num_fewshot") or 0
+                    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # a text alone, whatever is asked
+                        shots = 0
                     num_examples = len(list(task.fewshot_docs() or [])) if shots else 0
                     # lm-eval draws one more where it compares these two, to leave out the question itself.
                     needed = shots + (task.fewshot_cfg.split == task.config.test_split) if shots else 0
@@ -129,7 +131,8 @@ class TaskLibrary:
             except UserError as error:
                 text = str(error)
                 raise DataError(text if leaf.name in text else f"{leaf.name}: {text}") from None
-            except ImportError as error:
+            # One of the tasks ends the process where a program is not installed.
+            except (ImportError, SystemExit) as error:
                 raise DataError(
                     f"{leaf.name}: cannot be built ({error}); install what it needs, or leave it out"
                 ) from None
@@ -271,7 +274,7 @@ def _known_names() -> list[str]:
     """Names to suggest: tasks of this package, and the tasks, groups and tags of lm-eval's files."""
     search = re.compile(rb"(?m)^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.-]+)[\"']?\s*$").findall
     names = {name.decode() for file in _files() for name in search(file.read_bytes())}
-    return [*OWN_TASKS, *sorted(names)]
+    return [*OWN_TASKS, *sorted(names - {"null"})]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,9 @@ def metric_error(aggregate: Callable, items: Sequence[Any]) -> float | None:
         nats, stderr = ratio([-item[0] for item in items], [item[1] for item in items])
         return stderr / math.log(2) if aggregate is bits_per_byte else stderr * math.exp(nats)
     draw = random.Random(0)
-    return float(np.std([aggregate(draw.choices(items, k=len(items))) for _ in range(BOOTSTRAPS)], ddof=1))
+    with warnings.catch_warnings(action="ignore"):  # of one resampling of a few documents or another
+        values = [aggregate(draw.choices(items, k=len(items))) for _ in range(BOOTSTRAPS)]
+    return float(np.std(values, ddof=1))
 
 
 def group_scores(name: str, parts: Sequence[Sequence[Score]], weights: dict[str, bool]) -> list[Score]:

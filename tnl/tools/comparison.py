@@ -14,7 +14,7 @@ from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.files import write_atomically
 from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
 from tnl.tools.report import read_metrics
-from tnl.tools.score_comparison import compare_scores, is_result, lines
+from tnl.tools.score_comparison import compare_scores, distinct_names, is_result, lines
 from tnl.tools.tables import format_rows
 from tnl.training.metrics import finite_or_none
 
@@ -118,7 +118,7 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
         raise ConfigError(f"runs: {len(runs)} given; compare 2 to {len(LINES)} run folders")
     curves = [read_curve(run) for run in runs]
     shortest = min(curve.seconds[-1] for curve in curves)
-    names = _distinct_names(runs)
+    names = distinct_names(runs)
     rows = [
         {
             "run": name,
@@ -145,22 +145,6 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
             f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
         ) from error
     return rows
-
-
-def _distinct_names(runs: list[Path]) -> list[str]:
-    """The last parts of the folders, as many as tell them apart.
-
-    Raises:
-        ConfigError: a run is given twice.
-    """
-    whole = [run.resolve() for run in runs]
-    if len(set(whole)) < len(whole):
-        raise ConfigError(f"runs: {', '.join(map(str, runs))}: one of them is given twice; compare different runs")
-    for count in range(1, max(len(path.parts) for path in whole) + 1):
-        names = ["/".join(path.parts[-count:]) for path in whole]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError(whole)
 
 
 def _draw(curves: list[Curve], names: list[str], path: Path) -> None:

@@ -48,7 +48,10 @@ def evaluate(
         list[Path] | None, typer.Option(help="JSON of tnl bench train or generate to report, too; may be given again.")
     ] = None,
     confirm_unsafe: Annotated[
-        bool, typer.Option("--confirm-unsafe", help="Measure tasks that run programs which the model writes.")
+        bool,
+        typer.Option(
+            "--confirm-unsafe", help="Run programs that the model writes, and metrics that are programs of the hub."
+        ),
     ] = False,
 ) -> None:
     """Held-out loss on prepared text, or benchmarks beside the published scores of TNL and other models.

@@ -1,6 +1,7 @@
 """`tnl probe`: what a model does with long texts. Each probe prints, and writes JSON and a figure to a folder."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -231,6 +232,8 @@ def _prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWriteError(f"{folder}: {error.strerror}; give another --output") from None
+    if not os.access(folder, os.W_OK):
+        raise CannotWriteError(f"{folder}: not writable; give another --output")
 
 
 def _write(folder: Path, name: str, result: dict, draw: Callable[[Path], None]) -> None:

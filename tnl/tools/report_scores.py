@@ -65,6 +65,7 @@ def draw_scores(series: dict[str, Series], title: str, path: Path) -> None:
             axes.plot(found.tokens, found.values, "o-", ms=3, color=BLUE)
             axes.set_title(name, fontsize=10)
             axes.xaxis.set_major_formatter(number_formatter())
+        figure.supxlabel("training tokens; bands are standard errors", fontsize=10)
         for axes in panels[len(series) :]:
             axes.set_visible(False)
         save_figure(figure, path)

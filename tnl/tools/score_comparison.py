@@ -67,6 +67,22 @@ def is_result(path: Path) -> bool:
     return (path.is_dir() and (path / SCORES).is_file()) or (path.is_file() and path.name == SCORES)
 
 
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders, as many as tell them apart.
+
+    Raises:
+        ConfigError: one is given twice.
+    """
+    whole = [folder.resolve() for folder in folders]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"{', '.join(map(str, folders))}: one of them is given twice; compare different ones")
+    for count in range(1, max(len(path.parts) for path in whole) + 1):
+        names = ["/".join(path.parts[-count:]) for path in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError(whole)
+
+
 def compare_scores(paths: Sequence[Path], folder: Path) -> tuple[list[Difference], list[str]]:
     """Write ``comparison.json`` and ``comparison.png`` to ``folder``; returns the differences, those over all tasks
     first, and notes on what was left out.
@@ -75,13 +91,14 @@ def compare_scores(paths: Sequence[Path], folder: Path) -> tuple[list[Difference
         paths: two result folders of `tnl evaluate`, or the files of scores in them.
 
     Raises:
-        ConfigError: not two, or they have no task in common.
+        ConfigError: not two, one given twice, or they have no task in common.
         DataError: a file is missing or damaged, or the two models were asked different things.
         CannotWriteError: the folder cannot be written to.
     """
     if len(paths) != 2:
         raise ConfigError(f"{len(paths)} results of tnl evaluate given; compare two of them")
     folders = [path if path.is_dir() else path.parent for path in paths]
+    names = distinct_names(folders)
     details = [_details(each / SCORES) for each in folders]
     tasks = [task for task in details[0] if task in details[1]]
     if not tasks:
@@ -104,7 +121,6 @@ def compare_scores(paths: Sequence[Path], folder: Path) -> tuple[list[Difference
     found = _means(found) + found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = [each.resolve().name for each in folders]
         _draw(found, names, folder / "comparison.png")
         result = {"first": str(folders[0]), "second": str(folders[1]), "rows": [one.row() for one in found]}
         write_atomically(folder / "comparison.json", json.dumps(result | {"notes": notes}, indent=1) + "\n")
