@@ -229,7 +229,6 @@ def test_what_cannot_be_meant_is_one_message(tnl_command, folder, tmp_path, argu
 
 def test_a_task_of_ruler_that_cannot_be_made_is_named_and_the_others_run(tnl_command, folder, tmp_path):
     """This tokenizer takes a token for nearly every letter: too many for the example of variable tracking."""
-    pytest.importorskip("wonderwords")
     arguments = ["--tasks", "ruler_vt,ruler_fwe", "--samples", "2", "--output", tmp_path]
     code, out, err = tnl_command("probe", "ruler", folder, *arguments)
     assert code == 0, err
