@@ -24,6 +24,7 @@ from tnl.training.commit import CheckpointStore
 from tnl.training.engine import ELSEWHERE, Ranks, build_engine, build_model, deepspeed_config, init_ranks
 from tnl.training.faults import fault_point
 from tnl.training.hardware import peak_flops
+from tnl.training.layer_norms import state_norms
 from tnl.training.lock import RunLock
 from tnl.training.mesh import Mesh, build_mesh
 from tnl.training.metrics import MetricsWriter, finite_or_none
@@ -50,6 +51,7 @@ from tnl.training.suite_evaluation import SuiteEvaluation, open_suite, scores_or
 from tnl.training.throughput import Throughput
 from tnl.training.timing import StepTimer, peak_memory
 from tnl.training.train_step import StepResult, TrainStep
+from tnl.training.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ class _Run:
             state.count(self.throughput.tokens_per_step, applied=self.engine.was_step_applied())
             if self.metrics:
                 self._report(result, lr, times)
+            if with_norms:
+                self._report_norms(result, micro_batches)
             trace = profiler.end(state.step)
             if self.metrics and trace:
                 self.metrics.message(f"step {state.step}: wrote {trace}")
@@ -330,8 +334,16 @@ class _Run:
                 "peak_memory_bytes": peak_memory(self.ranks.device),
             }
         )
-        if result.norms:
-            self.metrics.layers({"step": state.step, "grad_norms": [finite_or_none(norm) for norm in result.norms]})
+
+    def _report_norms(self, result: StepResult, micro_batches: list[dict]) -> None:
+        """On all ranks: a state is that of the model as a whole, behind rank 0's first window read as one text."""
+        train, norms = self.settings.train, {"grad_norms": result.norms}
+        if self.settings.model.kind == "tnl":
+            text = micro_batches[0]["input_ids"][:1, : train.segment_length or train.sequence_length]
+            norms["state_norms"] = state_norms(self.engine, to_device(text, self.ranks.device), self.mesh.tensor)
+        if self.metrics:
+            finite = {name: [finite_or_none(norm) for norm in found] for name, found in norms.items()}
+            self.metrics.layers({"step": self.state.step, **finite})
 
     def _evaluate(self) -> bool:
         """Returns whether the held-out loss is the lowest so far, and its checkpoint wanted."""

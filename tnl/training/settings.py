@@ -258,7 +258,9 @@ class LoggingSettings(Settings):
     peak_tflops: float | None = Field(
         default=None, gt=0, description="dense TFLOP/s of one device, for MFU; default by device"
     )
-    layer_norms_every: int = Field(default=0, ge=0, description="steps between norms of each block's gradient; 0: none")
+    layer_norms_every: int = Field(
+        default=0, ge=0, description="steps between norms of each block's gradient and state; 0: none"
+    )
     profile_steps: tuple[int, int] | None = Field(
         default=None, description="first and last step of a trace by torch's profiler, written into the run folder"
     )
