@@ -2,10 +2,8 @@
 
 import json
 import math
-import multiprocessing
 import os
 import signal
-import time
 
 import lm_eval
 import pytest
@@ -19,6 +17,7 @@ from tests.task_files import COUNT, write_rows, write_tasks
 from tests.tiny_folder import tiny_folder
 from tests.tiny_tokenizers import released_tokenizer
 from tests.tiny_tokenizers import tiny_model as tiny_sentencepiece
+from tests.warm_process import CONTEXT
 from tnl.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_USAGE
 from tnl.evaluation import harness_model
 from tnl.evaluation.sample_cache import SampleCache
@@ -257,27 +256,23 @@ def options_of(folder, output) -> SuiteOptions:
     return SuiteOptions(None, ("boolq", "hellaswag", "wikitext"), output, data_dir=folder / "tasks", batch_tokens=64)
 
 
-def evaluate_slowly(folder, output) -> None:
-    """As the command does, but slower than the test that kills it."""
+def evaluate_and_die(folder, output) -> None:
+    """As the command does, until the cache has a few results."""
     put = SampleCache.put
 
-    def slow(self, results):
+    def put_or_die(self, results):
         put(self, results)
-        time.sleep(0.2)
+        if len(self) >= 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    harness_model.SampleCache.put = slow
+    harness_model.SampleCache.put = put_or_die
     evaluate_suite(str(folder / "model"), options_of(folder, output), report=lambda text: None)
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_scores(folder, tmp_path):
     whole = evaluate_suite(str(folder / "model"), options_of(folder, tmp_path / "whole"), report=lambda text: None)
-    process = multiprocessing.get_context("fork").Process(target=evaluate_slowly, args=(folder, tmp_path / "killed"))
+    process = CONTEXT.Process(target=evaluate_and_die, args=(folder, tmp_path / "killed"))
     process.start()
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed/samples").is_dir() or len(SampleCache(tmp_path / "killed/samples")) < 8:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     known = len(SampleCache(tmp_path / "killed/samples"))
