@@ -1,7 +1,6 @@
 """An evaluation that was killed continues where it stood; a wrong number is an error and is never kept."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from tests.harness_requests import assert_same_scores, multiple_choice, requests
 from tests.tiny_model import tiny_model
 from tests.tiny_tokenizers import released_tokenizer
 from tests.tiny_tokenizers import tiny_model as tiny_sentencepiece
+from tests.warm_process import CONTEXT
 from tnl.errors import CannotWriteError, NonFiniteError
 from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.sample_cache import SampleCache
@@ -106,7 +106,7 @@ def test_after_kill_9_the_rest_is_computed_and_the_scores_are_the_same(model, to
     expected, whole = scores(model, tokenizer, tmp_path / "whole")
     folder, lost = tmp_path / "killed", []
     for wanted in (1, 4):
-        process = multiprocessing.get_context("fork").Process(target=evaluate_slowly, args=(folder, tokenizer))
+        process = CONTEXT.Process(target=evaluate_slowly, args=(folder, tokenizer))
         process.start()
         deadline = time.monotonic() + 60
         known = len(SampleCache(folder))

@@ -10,6 +10,7 @@ from tests.harness_requests import assert_same_scores, multiple_choice, requests
 from tests.tiny_model import tiny_model
 from tests.tiny_tokenizers import released_tokenizer
 from tests.tiny_tokenizers import tiny_model as tiny_sentencepiece
+from tests.warm_process import CONTEXT
 from tnl.errors import NonFiniteError
 from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.sample_cache import SampleCache
@@ -52,8 +53,9 @@ def test_both_ranks_have_the_answers_of_one_process(tmp_path, monkeypatch):
 
     tokenizer = AutoTokenizer.from_pretrained(released_tokenizer(tmp_path / "tokenizer", tiny_sentencepiece()))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    # Not forked: this process may have a group of its own, which a fork would keep.
-    torch.multiprocessing.start_processes(rank_main, (tmp_path, tokenizer), nprocs=2, start_method="spawn")
+    # Not forks of this process, which may have a group of its own and threads.
+    start = CONTEXT.get_start_method()
+    torch.multiprocessing.start_processes(rank_main, (tmp_path, tokenizer), nprocs=2, start_method=start)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     alone = HarnessModel(tiny_model(vocab_size=400), tokenizer)
     expected = answers(alone)
