@@ -40,7 +40,7 @@ setup(
         "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
-        "eval": ["lm-eval>=0.4.12"],
+        "eval": ["lm-eval[ruler]>=0.4.13"],
         "finetune": ["peft>=0.20"],
         "gpu": ["liger-kernel"],
         "preference": ["peft>=0.20", "trl>=1.16"],
@@ -48,6 +48,7 @@ setup(
         "dev": [
             "accelerate",
             "hypothesis",
+            "lm-eval[ruler]>=0.4.13",
             "peft>=0.20",
             "pytest",
             "pytest-timeout",

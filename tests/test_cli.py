@@ -143,7 +143,7 @@ def test_python_m_tnl_is_the_same_command(tnl_command, monkeypatch, capsys):
         (["nope"], "No such command 'nope'"),
         (["pretrain"], "Missing argument"),
         (["pretrain", "pretrain/quickstart", "--nope"], "No such option"),
-        (["evaluate", "run"], "Missing option '--data'"),
+        (["evaluate", "run"], "give --data for held-out loss, or --suite or --tasks for benchmarks"),
         (["evaluate", "run", "--data", "d", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["evaluate", "run", "--data", "d", "--window", "0"], "Invalid value for '--window'"),
         (["pretrain", "nope.yaml"], "nope.yaml: no such file; give a path, or one of the shipped names: "),

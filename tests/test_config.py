@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from tnl import config
 from tnl.data.settings import PrepareSettings
 from tnl.errors import ConfigError
+from tnl.evaluation.suite_settings import SpeedSettings, SuiteSettings
 from tnl.model.settings import ModelSettings
 from tnl.plain_yaml import read_yaml, read_yaml_text, write_yaml_text
 from tnl.training.finetune_settings import FinetuneSettings
@@ -23,6 +24,7 @@ CONFIGS = ROOT / "configs"
 EXAMPLE = str(Path(__file__).parent / "example_run.yaml")
 SHIPPED = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml"))
 KINDS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "data": PrepareSettings, "model": ModelSettings}
+KINDS |= {"evaluate": SuiteSettings, "speed": SpeedSettings}
 # What the checkpoint brings that such a run begins from.
 FROM_CHECKPOINT = {"finetune": {"model": {"preset": "tnl-tiny"}}}
 

@@ -16,7 +16,7 @@ LAYERS += ["tnl.training", "tnl.tools", "tnl.cli", "tnl.__main__"]
 # Everything in tnl may import these; they import each other at most.
 LEAVES = {"tnl", "tnl.errors", "tnl.settings", "tnl.plain_yaml", "tnl.files"}
 SETTINGS = {"tnl/settings.py", "tnl/model/settings.py", "tnl/data/settings.py", "tnl/training/settings.py"}
-SETTINGS.add("tnl/training/finetune_settings.py")
+SETTINGS |= {"tnl/training/finetune_settings.py", "tnl/evaluation/suite_settings.py"}
 # Outside libraries that stay in a few places: files, or folders with a slash at the end.
 CONFINED = {
     "deepspeed": {"tnl/training/"},
@@ -27,7 +27,13 @@ CONFINED = {
     "liger_kernel": {"tnl/model/loss.py"},
     "pydantic": {"tnl/config.py", *SETTINGS},
     "yaml": {"tnl/plain_yaml.py"},
-    "typer": {"tnl/cli.py", "tnl/tools/bench_commands.py", "tnl/tools/data_commands.py"},
+    "typer": {
+        "tnl/cli.py",
+        "tnl/tools/bench_commands.py",
+        "tnl/tools/data_commands.py",
+        "tnl/tools/evaluate_commands.py",
+        "tnl/tools/probe_commands.py",
+    },
     "rich": {
         "tnl/cli.py",
         "tnl/tools/data_inspect.py",
@@ -35,8 +41,11 @@ CONFINED = {
         "tnl/training/pretrain.py",
         "tnl/training/finetune.py",
     },
-    "matplotlib": {"tnl/tools/comparison.py", "tnl/tools/report.py"},
-    "datasets": {"tnl/data/records.py"},
+    "matplotlib": {
+        f"tnl/tools/{name}.py"
+        for name in ("comparison", "figures", "probe_plots", "report", "report_scores", "score_comparison")
+    },
+    "datasets": {"tnl/data/records.py", "tnl/evaluation/"},
 }
 
 

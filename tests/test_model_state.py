@@ -393,3 +393,16 @@ def test_training_makes_no_state_unless_asked():
     model = tiny_model().train()
     assert model(random_ids(1, 4)).past_key_values is None
     assert model(random_ids(1, 4), use_cache=True).past_key_values.length == 4
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_without_use_cache_a_state_is_read_and_left_as_it_is(num_tokens):
+    model, ids = tiny_model(), random_ids(2, 20 + num_tokens)
+    state = read(model, ids[:, :20])
+    before = state.fork()
+    with torch.no_grad():
+        output = model(ids[:, 20:], past_key_values=state, use_cache=False)
+        assert_close("logits", output.logits, model(ids).logits[:, 20:])
+    assert output.past_key_values is None
+    assert state.length == 20
+    assert_equal_states(state, before, ratio=0)

@@ -13,9 +13,11 @@ from tests.tiny_run import rows, tiny_run, trajectory
 from tnl.data.loader import TrainLoader, num_labelled
 from tnl.data.shards import ShardSet
 from tnl.errors import ConfigError
+from tnl.generation.load import load_model
 from tnl.model import TransnormerForCausalLM
 from tnl.tools.report import report
 from tnl.training.deepspeed_import import deepspeed
+from tnl.training.export import resolve_model
 from tnl.training.pretrain import pretrain
 from tnl.training.timing import PHASES, StepTimer
 
@@ -70,8 +72,9 @@ def test_norms_of_blocks_are_the_same_at_every_stage_and_precision(
     expected = rows(observed, "layers")
     assert [row["step"] for row in found] == [2, 4]
     for a, b in zip(found, expected, strict=True):
-        assert a["grad_norms"] == pytest.approx(b["grad_norms"], rel=tolerance)
-        assert len(a["grad_norms"]) == 2
+        for name in ("grad_norms", "state_norms"):
+            assert a[name] == pytest.approx(b[name], rel=tolerance)
+            assert len(a[name]) == 2
         # The blocks are a part of the model.
         whole = rows(observed)[a["step"] - 1]["grad_norm"]
         assert 0 < sum(norm**2 for norm in a["grad_norms"]) < whole**2
@@ -89,6 +92,16 @@ def test_norms_of_blocks_are_those_of_the_gradients(shards, tmp_path):
         (model(**batch).loss_sum / sum(map(num_labelled, batches))).backward()
     expected = [torch.stack([p.grad.norm() for p in block.parameters()]).norm().item() for block in model.model.layers]
     assert rows(tmp_path / "run", "layers")[0]["grad_norms"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_of_states_are_those_behind_the_first_window(observed, shards):
+    """Of the last step, by the model that it left."""
+    model, _ = load_model(resolve_model(str(observed)))
+    ((batch, *_),) = TrainLoader(ShardSet.open(shards), 32, 4, 2, seed=3).steps(3, 4)
+    with torch.no_grad():
+        state = model(batch["input_ids"][:1, :32], use_cache=True).past_key_values
+    expected = [layer.norm().item() for layer in state.layers]
+    assert rows(observed, "layers")[-1]["state_norms"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_looking_changes_nothing(observed, shards, tmp_path):
@@ -110,7 +123,15 @@ def test_steps_to_trace_must_be_steps(steps, shards, tmp_path):
 
 def test_the_page_shows_time_norms_and_plots(observed):
     page = (report(observed).folder / "index.html").read_text()
-    for text in ("Time of a step", "backward", "Gradient norms, step 4", "block 1", 'src="loss.png"', 'src="run.png"'):
+    for text in (
+        "Time of a step",
+        "backward",
+        "Norms of the blocks, step 4",
+        "block 1",
+        ", state ",
+        'src="loss.png"',
+        'src="run.png"',
+    ):
         assert text in page
     assert "<script" not in page
 

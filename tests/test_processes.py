@@ -12,12 +12,17 @@ import yaml
 from tests.checkout import ROOT, python_path
 from tests.tiny_corpus import tiny_shards
 from tests.tiny_run import rows, tiny_tree, trajectory
+from tests.warm_process import warm_tnl
+from tnl import config
 from tnl.training.commit import CheckpointStore
 from tnl.training.export import export_run
+from tnl.training.pretrain import pretrain
+from tnl.training.settings import PretrainSettings
 from tnl.training.status import read_status
 
 STEPS = 200
 STAGES = (0, 1, 2, 3)
+SUITE = "evaluation.suite=quick evaluation.limit=5 evaluation.every=6"
 
 
 def environment(**more) -> dict[str, str]:
@@ -68,8 +73,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(folder):
     """The losses of one process, ZeRO 0."""
-    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={folder / 'one'}")
-    assert child.wait() == 0, child.stdout.read()
+    code, text = warm_tnl(folder, "pretrain", str(folder / "tiny.yaml"), f"output={folder / 'one'}")
+    assert code == 0, text
     return rows(folder / "one")
 
 
@@ -79,6 +84,7 @@ def two_processes(folder):
     runs = [f"stage{s} train.zero_stage={s} train.micro_batch_size=1" for s in STAGES]
     segments = "train.segment_length=16 train.segment_gradient=exact"
     runs.append(f"segments train.zero_stage=3 train.micro_batch_size=1 {segments}")
+    runs.append(f"suite train.zero_stage=2 train.micro_batch_size=1 {SUITE}")
     worker = str(ROOT / "tests/train_worker.py")
     done = torchrun(worker, str(folder / "tiny.yaml"), str(folder), *" -- ".join(runs).split())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -99,6 +105,19 @@ def test_two_processes_by_exact_segments_equal_one_of_whole_windows(folder, one_
     assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in one_process], rel=1e-4)
 
 
+def test_two_processes_share_the_benchmarks_of_a_run_and_have_the_scores_of_one(folder, two_processes):
+    assert trajectory(folder / "suite") == trajectory(folder / "stage2")
+    pretrain(config.load(PretrainSettings, folder / "tiny.yaml", [f"output={folder / 'one-suite'}", *SUITE.split()]))
+    expected, found = rows(folder / "one-suite", "scores"), rows(folder / "suite", "scores")
+    assert [row["step"] for row in found] == [6, 12]
+    for ours, alone in zip(found, expected, strict=True):
+        assert ours.keys() == alone.keys()
+        assert ours["Python byte ppl"] == pytest.approx(alone["Python byte ppl"], rel=1e-3)
+        assert [ours[name] for name in ("Copy", "Recall", "Next line")] == [
+            alone[name] for name in ("Copy", "Recall", "Next line")
+        ]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_export_consolidates_the_shards_of_two_processes(folder, one_process, two_processes, stage):
     from safetensors.torch import load_file
@@ -117,17 +136,9 @@ def test_export_consolidates_the_shards_of_two_processes(folder, one_process, tw
 
 
 def test_another_number_of_processes_is_refused_with_the_cure(folder, two_processes):
-    child = tnl(
-        "pretrain",
-        str(folder / "tiny.yaml"),
-        f"output={folder / 'stage2'}",
-        "train.zero_stage=2",
-        "train.micro_batch_size=1",
-        "--resume",
-        "10",
-    )
-    text = child.communicate()[0]
-    assert child.returncode == 77, text
+    same = [str(folder / "tiny.yaml"), f"output={folder / 'stage2'}", "train.zero_stage=2", "train.micro_batch_size=1"]
+    code, text = warm_tnl(folder, "pretrain", *same, "--resume", "10")
+    assert code == 77, text
     assert "saved by 2 processes, this run has 1" in text
 
 
@@ -143,8 +154,8 @@ def test_torchrun_of_the_module_fails_on_all_ranks_together(folder):
 def straight(folder):
     """200 steps without interruption."""
     output = folder / "straight"
-    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run())
-    assert child.wait() == 0, child.stdout.read()
+    code, text = warm_tnl(folder, "pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run())
+    assert code == 0, text
     return output
 
 
@@ -166,12 +177,10 @@ def test_killed_runs_go_on_bit_for_bit(folder, straight, kills):
     output = folder / f"killed-{kills[0].partition(':')[0]}-{len(kills)}"
     command = ["pretrain", str(folder / "tiny.yaml"), f"output={output}", *long_run()]
     for plan in kills:
-        child = tnl(*command, TNL_TESTING="1", TNL_FAULT=plan)
-        text = child.communicate()[0]
-        assert child.returncode == -signal.SIGKILL, text
-    child = tnl(*command)
-    text = child.communicate()[0]
-    assert child.returncode == 0, text
+        code, text = warm_tnl(folder, *command, TNL_TESTING="1", TNL_FAULT=plan)
+        assert code == -signal.SIGKILL, text
+    code, text = warm_tnl(folder, *command)
+    assert code == 0, text
     assert len(trajectory(output)) == STEPS
     assert trajectory(output) == trajectory(straight)
     assert read_status(output)["state"] == "finished"
@@ -208,6 +217,5 @@ def test_a_disk_that_takes_no_more_ends_with_73_and_a_message(folder):
     assert "free some space" in done.stderr
     assert not list((output / "checkpoints").iterdir())
     assert read_status(output)["exit_code"] == 73
-    child = tnl("pretrain", str(folder / "tiny.yaml"), f"output={output}")
-    text = child.communicate()[0]
-    assert child.returncode == 0, text
+    code, text = warm_tnl(folder, "pretrain", str(folder / "tiny.yaml"), f"output={output}")
+    assert code == 0, text

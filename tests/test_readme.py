@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tests.checkout import ROOT
 from tests.released_layout import hub_cache, released_model, write_released
+from tests.task_files import write_paper
 from tests.test_processes import environment
+from tests.tiny_folder import tiny_folder
 from tnl.config import find_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,11 +47,18 @@ def test_every_command_names_what_exists():
             "bench",
             "plan",
             "status",
+            "fetch",
         ), command
         if name in ("prepare", "inspect", "pretrain", "finetune", "plan"):
             assert find_config(words[2] if words[0] == "data" else words[1]).is_file()
     for script in re.findall(r"bash (scripts/[a-z_/]+\.sh)", README):
         assert (ROOT / script).is_file()
+
+
+def test_pages_that_are_linked_exist():
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text(encoding="utf-8")):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
 def section(title: str) -> str:
@@ -116,3 +125,20 @@ def test_the_section_on_fine_tuning_runs_as_it_stands(tmp_path):
     assert (tmp_path / "my-model/model.safetensors").is_file()
     for run in ("alpaca-1b-lora", "alpaca-1b-full", "alpaca-1b-4bit"):
         assert (tmp_path / "runs" / run / "samples.jsonl").is_file()
+
+
+def test_the_section_on_evaluation_runs_as_it_stands(tmp_path):
+    tiny_folder(tmp_path).rename(tmp_path / "my-model")
+    write_paper(tmp_path / "tasks")
+    commands, printed = run_as_it_stands(section("Evaluate it"), tmp_path)
+    assert [words[1] for words in commands] == ["evaluate", "data", "evaluate", "evaluate"]
+    found = json.loads((tmp_path / "evaluation/my-model-paper/scores.json").read_text())
+    ours, *published = found["tables"][0]["rows"]
+    assert [column for column in found["tables"][0]["columns"] if column in ours["cells"]] == found["tables"][0][
+        "columns"
+    ]
+    assert not any(cell["note"] for cell in ours["cells"].values())
+    assert len(published) == 29
+    assert "TNL-15B" in printed
+    assert found["scores"]["mmlu"][0]["num_parts"] == 57
+    assert found["scores"]["mmlu"][0]["num_fewshot"] == 5

@@ -11,6 +11,7 @@ import yaml
 from tests.test_processes import environment
 from tests.tiny_corpus import tiny_settings, tiny_shards, tiny_texts
 from tests.tiny_run import tiny_tree
+from tests.warm_process import start_tnl
 from tnl.data.prepare import prepare
 from tnl.errors import EXIT_DATA, EXIT_USAGE
 
@@ -21,7 +22,7 @@ def shards(tmp_path_factory):
 
 
 def run_on_two_machines(folder, tree: dict) -> list[tuple[int, str]]:
-    """Exit code and standard error of two ranks, each with a working directory of its own."""
+    """Exit code and output of two ranks, each with a working directory of its own."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,10 +32,11 @@ def run_on_two_machines(folder, tree: dict) -> list[tuple[int, str]]:
     for rank in range(2):
         machine = folder / f"machine{rank}"
         machine.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tnl", "pretrain", str(folder / "tiny.yaml")]
-        own = environment(RANK=str(rank), **common)
-        processes.append(subprocess.Popen(command, cwd=machine, env=own, stderr=subprocess.PIPE, text=True))
-    return [(process.wait(120), process.stderr.read()) for process in processes]
+        arguments = ("pretrain", str(folder / "tiny.yaml"))
+        processes.append(start_tnl(folder / f"printed{rank}", *arguments, folder=machine, RANK=str(rank), **common))
+    for process in processes:
+        process.join(120)
+    return [(process.exitcode, (folder / f"printed{rank}").read_text()) for rank, process in enumerate(processes)]
 
 
 def test_a_run_folder_that_is_not_shared_is_refused_before_the_first_step(shards, tmp_path):

@@ -97,11 +97,12 @@ def test_a_run_of_ranks_that_share_blocks_is_the_run_of_one(folder, alone, name)
 @pytest.mark.parametrize(
     "name", [name for name, overrides in RUNS.items() if "logging.layer_norms_every=1" in overrides]
 )
-def test_norms_of_the_blocks_gradients_are_those_of_whole_blocks(folder, alone, name):
+def test_norms_of_the_blocks_are_those_of_whole_blocks(folder, alone, name):
     expected, actual = rows(alone[None], "layers"), rows(folder / name, "layers")
     assert len(actual) == STEPS
     for row, other in zip(actual, expected, strict=True):
-        assert row["grad_norms"] == pytest.approx(other["grad_norms"], rel=RELATIVE)
+        for norms in ("grad_norms", "state_norms"):
+            assert row[norms] == pytest.approx(other[norms], rel=RELATIVE)
 
 
 def test_a_resumed_run_repeats_its_steps_bit_for_bit(found):

@@ -14,6 +14,8 @@ import typer
 from tnl.errors import EXIT_CANNOT_WRITE, EXIT_MACHINE, EXIT_PREEMPTED, UserError, exit_code
 from tnl.tools.bench_commands import bench_app
 from tnl.tools.data_commands import Config, Overrides, data_app
+from tnl.tools.evaluate_commands import Model, evaluate
+from tnl.tools.probe_commands import probe_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,8 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(probe_app, name="probe")
 
-Model = Annotated[str, typer.Argument(help="Run folder, model folder, or hub name.", metavar="MODEL_OR_RUN")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token at each step; default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens; 0 for all; default 50.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among tokens that hold this probability together.")]
@@ -112,29 +114,7 @@ def finetune(
         raise typer.Exit(EXIT_PREEMPTED)
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="Folder of shards.")],
-    split: Annotated[str, typer.Option(help="heldout or train.")] = "heldout",
-    max_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens only.", min=2)] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Restart the context every so many tokens; default: whole documents.", min=2)
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
-) -> None:
-    """Held-out loss in nats, bits per token and bits per byte.
-
-    Examples:
-
-        tnl evaluate runs/quickstart --data data/quickstart
-
-        tnl evaluate my-model --data data/quickstart --max-tokens 100000 --json figures.json
-    """
-    from tnl.evaluation.command import evaluate_shards
-    from tnl.training.export import resolve_model
-
-    evaluate_shards(resolve_model(model), data, split, max_tokens, window, json_file)
+app.command()(evaluate)
 
 
 @app.command()
@@ -291,28 +271,22 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, two to four.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Two to four run folders, or two folders that tnl evaluate --suite wrote.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for comparison.png and comparison.json.")] = Path("comparison"),
 ) -> None:
-    """Held-out loss of several runs, by tokens and by time of training.
+    """Held-out loss of several runs, or benchmark scores of two models by paired differences with 95 % intervals.
 
-    Example:
+    Examples:
 
         tnl compare runs/tnl runs/llama --output comparison
-    """
-    from tnl.tools.comparison import compare as run
-    from tnl.tools.tables import format_rows
 
-    for row in run(runs, output):
-        equal = row["heldout_loss_at_equal_time"]
-        found = {
-            "tokens": f"{row['tokens']:,}",
-            "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
-            "held-out loss": f"{row['heldout_loss']:.4f} nats",
-            "held-out loss when the shortest run had ended": "not known" if equal is None else f"{equal:.4f} nats",
-        }
-        print(format_rows(f"{row['run']} ({row['kind']})", list(found.items())))
-    print(f"plot: {output / 'comparison.png'}")
+        tnl compare evaluation/first-paper evaluation/second-paper
+    """
+    from tnl.tools.comparison import show_comparison
+
+    show_comparison(runs, output)
 
 
 @app.command()

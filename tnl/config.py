@@ -43,6 +43,11 @@ def _names(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
 
 
+def shipped_names(section: str) -> list[str]:
+    """Names of the shipped configurations below ``configs/section``."""
+    return _names(_shipped_folder() / section)
+
+
 def find_config(name: str | Path) -> Path:
     """Path of a configuration file: as given, or a name under the shipped ``configs`` (``pretrain/quickstart``).
 
@@ -122,6 +127,9 @@ def _locate(model: type[BaseModel], location: tuple) -> tuple[type[BaseModel] | 
     tags."""
     section, path, options = model, [], []
     for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            path.append(str(part))
+            continue
         tagged = [o for o in options if part in _tags(o)]
         if len(options) > 1 and tagged:
             section, options = tagged[0], []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tnl.data.settings import PrepareSettings
+from tnl.data.source_names import source_name
 from tnl.data.sources import SourceCounts, iterate_documents
 from tnl.errors import DataError
 
@@ -22,6 +23,7 @@ class Document:
     num_bytes: int  # of UTF-8
     rank: bytes  # random order of the documents, a function of seed and text
     held_out: bool
+    source: str  # see `tnl.data.source_names`
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Corpus:
         content = hashlib.sha256()
         duplicates = left_out = 0
         seed = str(self.settings.seed).encode()
-        for _, text in iterate_documents(self.settings.source, source_counts):
+        for name, text in iterate_documents(self.settings.source, source_counts):
             data = text.encode()
             digest = hashlib.sha256(data).digest()
             content.update(digest)
@@ -57,7 +59,7 @@ class Corpus:
                 left_out += 1
                 continue
             held_out = int.from_bytes(draw[:8], "big") < self.settings.heldout_fraction * 2**64
-            yield Document(text, len(data), draw[8:], held_out)
+            yield Document(text, len(data), draw[8:], held_out, source_name(self.settings.source, name))
         self.counts = {
             "documents": len(seen) - left_out,
             "empty": source_counts.empty,

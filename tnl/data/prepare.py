@@ -12,6 +12,7 @@ from tnl.data.settings import PrepareSettings
 from tnl.data.shard_format import INDEX_FILE, SPLITS, TOKENIZER_FILE, ShardIndex
 from tnl.data.shard_writer import ShardWriter
 from tnl.data.shards import ShardSet
+from tnl.data.source_names import runs_of
 from tnl.data.sources import local_size
 from tnl.data.tokenizer import Tokenizer, train_tokenizer
 from tnl.errors import CannotWriteError, DataError
@@ -107,9 +108,12 @@ def _write(
     _write_durably(folder / TOKENIZER_FILE, model)
     layout = (settings.shard_tokens, tokenizer.vocab_size, tokenizer.sha256)
     writers = {split: ShardWriter(folder, split, *layout) for split in SPLITS}
+    names: list[str] = []
     try:
         for document, ids in _encoded(settings, corpus, tokenizer):
             writers["heldout" if document.held_out else "train"].append(ids, document.num_bytes)
+            if document.held_out:
+                names.append(document.source)
         entries = {split: writer.close() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -124,6 +128,7 @@ def _write(
         settings.add_eos,
         settings=recorded,
         counts=corpus.counts | ({} if size is None else {"files": size[0], "file_bytes": size[1]}),
+        heldout_sources=runs_of(names),
     )
     _write_durably(folder / INDEX_FILE, index.dump().encode())
     _report_counts(index, corpus.messages, settings.heldout_fraction, report)

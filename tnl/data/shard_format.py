@@ -9,7 +9,7 @@ on in the next. A folder holds ``index.json``, ``tokenizer.model`` and the shard
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,12 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The content of ``index.json``; ``settings`` and ``counts`` are for the reader and not part of the fingerprint."""
+    """The content of ``index.json``; ``settings`` and ``counts`` are for the reader and not part of the fingerprint.
+
+    ``heldout_sources`` says where the held-out documents are from: a name and a number of documents, again and again,
+    in the order of the split. Empty where all are from one source, and in folders that were prepared without it; not
+    part of the fingerprint, either.
+    """
 
     splits: dict[str, list[ShardEntry]]
     tokenizer_sha256: str
@@ -114,6 +119,7 @@ class ShardIndex:
     add_eos: bool
     settings: dict
     counts: dict
+    heldout_sources: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
@@ -152,9 +158,21 @@ class ShardIndex:
             counts = (entry.num_tokens, entry.num_documents, entry.num_bytes)
             if not all(type(count) is int and count >= 0 for count in counts):
                 raise DataError(f"{file}: counts {counts} of {entry.file!r} are not whole numbers; {REBUILD}")
+        held_out = sum(entry.num_documents for entry in index.splits["heldout"])
+        if index.heldout_sources and not _counts_to(index.heldout_sources, held_out):
+            raise DataError(f"{file}: heldout_sources does not name its {held_out} held-out documents; {REBUILD}")
         if actual != fingerprint:
             raise DataError(f"{file}: fingerprint {fingerprint!r}, but its entries give {actual}; {REBUILD}")
         return index
+
+
+def _counts_to(runs: object, num_documents: int) -> bool:
+    """Whether ``runs`` are names with numbers of documents that add up to ``num_documents``."""
+    return (
+        isinstance(runs, list)
+        and all(isinstance(run, list) and list(map(type, run)) == [str, int] and run[1] > 0 for run in runs)
+        and sum(run[1] for run in runs) == num_documents
+    )
 
 
 def id_bytes_of(vocab_size: int) -> int:

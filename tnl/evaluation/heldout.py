@@ -117,6 +117,7 @@ def heldout_loss(
     """Loss of ``model`` on a held-out split.
 
     Args:
+        shards: a split, or a `tnl.evaluation.source_loss.SourceDocuments` of one.
         model: `TransnormerForCausalLM`, or a DeepSpeed engine around one; a `LlamaBaseline` with a ``window`` only.
         max_tokens: read the first so many tokens only.
         window: restart the context every so many tokens; None gives every document its full context, in constant
@@ -153,5 +154,6 @@ def heldout_loss(
         predicted += output.num_tokens.item()
     model.train(was_training)
     loss_sum, predicted = all_reduce([loss_sum, float(predicted)])
-    num_bytes = _predicted_bytes(shards) if total == shards.num_tokens else None
+    knows_bytes = total == shards.num_tokens and shards.num_bytes is not None
+    num_bytes = _predicted_bytes(shards) if knows_bytes else None
     return HeldoutLoss(loss_sum, int(predicted), total, num_bytes)

@@ -154,8 +154,9 @@ class TransnormerModel(TransnormerPreTrainedModel):
             input_ids: int64 [B, T]; or give ``inputs_embeds`` [B, T, D], unscaled.
             attention_mask: [B, T] or [B, past + T], 0 marks padding on any side. A padded position returns what the
                 last token before it returns, zeros before the first token.
-            past_key_values: state to continue from, updated in place. After an error on the way it is a mixture of
-                before and after: go on from a `TransnormerState.fork` made before.
+            past_key_values: state to continue from, updated in place, or left as it is where ``use_cache`` is False.
+                After an error on the way it is a mixture of before and after: go on from a `TransnormerState.fork`
+                made before.
             cu_seqlens: int32 [N + 1] with B = 1: N packed sequences, each starting from its own state; [0, ..., T].
             use_cache: whether to make and return a state; default the config's, and False in training.
             sequence_shard: a `tnl.model.sequence_parallel.SequenceShard`: the input is one rank's slice of windows that
@@ -213,6 +214,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
         positions = self._positions(x, cu_seqlens, start if exchange is None else exchange.starts)
         # Asked before the blocks: gradient checkpointing may run them without gradients first, and then once more.
         is_step = x.shape[1] == 1 and cu_seqlens is None and start is not None and not torch.is_grad_enabled()
+        is_step = is_step and use_cache  # a step updates the state in place
         finals, hidden_states = [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -220,12 +222,12 @@ class TransnormerModel(TransnormerPreTrainedModel):
             # An argument, not an attribute read inside: so one compilation of a layer serves all layers.
             slopes = slopes_tensor(layer.token_mixer.slopes, x.device)
             initial = None if state is None else state.layer(i)
-            x, final = layer(x, slopes, positions, cu_seqlens, initial, state is not None, is_step, exchange)
-            if start is not None:
+            x, final = layer(x, slopes, positions, cu_seqlens, initial, use_cache, is_step, exchange)
+            if start is not None and use_cache:
                 state.layers[i] = final  # at once: otherwise the states of all layers would be there twice
             finals.append(final)
         x = srmsnorm(x)
-        if state is not None:
+        if use_cache:
             read = x.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
             start = positions.new_zeros(num_sequences) if start is None else start
             state.update(finals, start + read, T)
@@ -233,7 +235,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
             x, hidden_states = unpack(x), [unpack(h) for h in hidden_states]
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=state,
+            past_key_values=state if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
         )
         return output if return_dict is None or return_dict else output.to_tuple()

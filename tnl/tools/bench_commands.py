@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tnl.errors import ConfigError
+from tnl.tools.number_lists import numbers_of
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a LLaMA of equal size.")
 
@@ -16,14 +16,6 @@ BenchOverrides = Annotated[
     typer.Argument(help="Dotted keys of a run's configuration, such as train.compile=true.", show_default=False),
 ]
 BenchJson = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
-
-
-def _numbers(option: str, text: str, least: int) -> list[int]:
-    """The whole numbers of a comma-separated list, in rising order."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdecimal() and least <= int(part) < 2**31 for part in parts):
-        raise ConfigError(f"{option}: {text!r} is no list of whole numbers of at least {least}; give for example 1,16")
-    return sorted({int(part) for part in parts})
 
 
 @bench_app.command("generate")
@@ -50,7 +42,7 @@ def bench_generate(
 
         tnl bench generate tnl-tiny --batch 1,4 --prompt-tokens 16 --new-tokens 16 --context 64
     """
-    batches, contexts = _numbers("--batch", batch, 1), _numbers("--context", context, 1)
+    batches, contexts = numbers_of("--batch", batch, 1), numbers_of("--context", context, 1)
     from tnl.tools.bench_generate import bench_generate as run
 
     run(
@@ -82,7 +74,7 @@ def bench_prefill(
 
         tnl bench prefill tnl-tiny --tokens 1024,4096
     """
-    lengths = _numbers("--tokens", tokens, 1)
+    lengths = numbers_of("--tokens", tokens, 1)
     from tnl.tools.bench_prefill import bench_prefill as run
 
     run(model, lengths=lengths, device=device, json_file=json_file, report=lambda text: print(text, flush=True))
@@ -124,7 +116,7 @@ def bench_train(
 
         torchrun --standalone --nproc-per-node 4 -m tnl bench train tnl-1b --lengths 16384 --tokens-per-step 524288
     """
-    sizes = _numbers("--lengths", lengths, 2)
+    sizes = numbers_of("--lengths", lengths, 2)
     from tnl.tools.bench_train import bench_train as run
 
     run(
@@ -171,7 +163,7 @@ def bench_finetune(
 
         tnl bench finetune tnl-1b train.activation_checkpointing=selective --only packing
     """
-    base_bits = _numbers("--bits", bits, 4)
+    base_bits = numbers_of("--bits", bits, 4)
     from tnl.tools.bench_finetune import PARTS
     from tnl.tools.bench_finetune import bench_finetune as run
 
@@ -186,6 +178,41 @@ def bench_finetune(
         num_examples=examples,
         steps=steps,
         overrides=overrides or [],
+        json_file=json_file,
+        report=lambda text: print(text, flush=True),
+    )
+
+
+@bench_app.command("evaluate")
+def bench_evaluate(
+    model: BenchModel = "tnl-1b",
+    subjects: Annotated[int, typer.Option(help="Few-shot prefixes of MMLU's shape.", min=1)] = 57,
+    questions: Annotated[int, typer.Option(help="Questions behind each of them.", min=1)] = 250,
+    contexts: Annotated[int, typer.Option(help="Contexts of HellaSwag's shape.", min=1)] = 4000,
+    document: Annotated[int, typer.Option(help="Tokens of the long text.", min=2)] = 2**20,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 2**14,
+    only: Annotated[
+        str | None, typer.Option(help="Some of mmlu, long-choices, hellaswag, document and fp32; default: all.")
+    ] = None,
+    device: BenchDevice = None,
+    json_file: BenchJson = None,
+) -> None:
+    """Evaluation: our adapter beside lm-eval's own on requests of MMLU's and HellaSwag's shapes, and one long text.
+
+    Examples:
+
+        tnl bench evaluate tnl-1b --json evaluate.json
+
+        tnl bench evaluate tnl-tiny --subjects 2 --questions 4 --contexts 4 --document 4096
+    """
+    from tnl.tools.bench_evaluate import EvaluateWork, chosen_parts
+    from tnl.tools.bench_evaluate import bench_evaluate as run
+
+    run(
+        model,
+        work=EvaluateWork(subjects, questions, contexts, document, batch_tokens),
+        parts=chosen_parts(only),
+        device=device,
         json_file=json_file,
         report=lambda text: print(text, flush=True),
     )

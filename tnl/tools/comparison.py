@@ -1,7 +1,9 @@
-"""Runs side by side: held-out loss by tokens and by the time that training took."""
+"""Runs side by side: held-out loss by tokens and by the time that training took. Results of `tnl evaluate` are left to
+`tnl.tools.score_comparison`."""
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import numpy as np
 from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.files import write_atomically
-from tnl.tools.report import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, read_metrics, save_figure
+from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
+from tnl.tools.report import read_metrics
+from tnl.tools.score_comparison import compare_scores, distinct_names, is_result, lines
+from tnl.tools.tables import format_rows
 from tnl.training.metrics import finite_or_none
 
 # By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
@@ -69,6 +74,38 @@ def read_curve(run: Path) -> Curve:
     )
 
 
+def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], None] = print) -> None:
+    """Compare run folders, or two results of `tnl evaluate`, and print what was found.
+
+    Raises:
+        ConfigError: some of both; see `compare` and `compare_scores`.
+        DataError, CannotWriteError: see there.
+    """
+    results = [path for path in paths if is_result(path)]
+    if results and len(results) < len(paths):
+        other = next(path for path in paths if path not in results)
+        raise ConfigError(
+            f"{other}: no result of tnl evaluate, and {results[0]} is one; compare results with results, or runs with "
+            "runs"
+        )
+    if results:
+        found, notes = compare_scores(paths, folder)
+        report(format_rows(f"first {paths[0]}, second {paths[1]}: scores, difference, interval of 95 %", lines(found)))
+        for note in notes:
+            report(f"note: {note}")
+    else:
+        for row in compare(paths, folder):
+            equal = row["heldout_loss_at_equal_time"]
+            facts = {
+                "tokens": f"{row['tokens']:,}",
+                "training time": f"{row['seconds']:,.0f} s, {row['tokens_per_s']:,.0f} tokens/s",
+                "held-out loss": f"{row['heldout_loss']:.4f} nats",
+                "held-out loss when the shortest run had ended": "not known" if equal is None else f"{equal:.4f} nats",
+            }
+            report(format_rows(f"{row['run']} ({row['kind']})", list(facts.items())))
+    report(f"plot: {folder / 'comparison.png'}")
+
+
 def compare(runs: list[Path], folder: Path) -> list[dict]:
     """Write ``comparison.png`` and ``comparison.json`` to ``folder``; returns a row for each run.
 
@@ -81,7 +118,7 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
         raise ConfigError(f"runs: {len(runs)} given; compare 2 to {len(LINES)} run folders")
     curves = [read_curve(run) for run in runs]
     shortest = min(curve.seconds[-1] for curve in curves)
-    names = _distinct_names(runs)
+    names = distinct_names(runs)
     rows = [
         {
             "run": name,
@@ -108,22 +145,6 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
             f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
         ) from error
     return rows
-
-
-def _distinct_names(runs: list[Path]) -> list[str]:
-    """The last parts of the folders, as many as tell them apart.
-
-    Raises:
-        ConfigError: a run is given twice.
-    """
-    whole = [run.resolve() for run in runs]
-    if len(set(whole)) < len(whole):
-        raise ConfigError(f"runs: {', '.join(map(str, runs))}: one of them is given twice; compare different runs")
-    for count in range(1, max(len(path.parts) for path in whole) + 1):
-        names = ["/".join(path.parts[-count:]) for path in whole]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError(whole)
 
 
 def _draw(curves: list[Curve], names: list[str], path: Path) -> None:

@@ -66,3 +66,27 @@ def data_inspect(
     from tnl.training.run_configuration import load_settings
 
     inspect_data(load_settings(FinetuneSettings, config, overrides), examples)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    tasks: Annotated[
+        list[str], typer.Argument(help="Suites (paper, scrolls, perplexity, scaling-laws) and tasks of lm-eval.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write: TASK/SPLIT.parquet.")] = Path("tasks"),
+) -> None:
+    """Bring the data of benchmarks from the hub, for tnl evaluate --data-dir on any machine.
+
+    Examples:
+
+        tnl data fetch paper --output tasks
+
+        tnl data fetch hellaswag mmlu_anatomy
+    """
+    from tnl.evaluation.harness_package import check_harness
+    from tnl.evaluation.suite_command import expand_suites
+
+    check_harness()
+    from tnl.evaluation.task_fetch import fetch
+
+    fetch(expand_suites(tasks), output.expanduser(), report=lambda text: print(text, flush=True))

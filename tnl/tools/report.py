@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -13,28 +12,10 @@ import numpy as np
 
 from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, DataError
+from tnl.tools.figures import BLUE, GREEN, ORANGE, STYLE, number_formatter, save_figure, short
 from tnl.tools.report_page import write_page
+from tnl.tools.report_scores import Series, draw_scores, read_series, score_rows
 from tnl.training.status import read_status
-
-# Okabe & Ito's palette: told apart with every common kind of colour blindness, and in grey.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-DPI = 120
 
 # Fields of every row of a kind; all but "skipped" are numbers, and null stands for one that is not finite or not known.
 FIELDS = {
@@ -53,6 +34,7 @@ FIELDS = {
     ),
     "evaluation": ("step", "tokens", "loss"),
     "layers": ("step",),
+    "scores": ("step", "tokens"),
 }
 NEVER_NULL = ("step", "time", "tokens", "skipped")
 
@@ -61,18 +43,22 @@ NEVER_NULL = ("step", "time", "tokens", "skipped")
 class Report:
     """What `report` wrote and found."""
 
-    folder: Path  # holds loss.png, run.png and index.html, which shows them
+    folder: Path  # holds loss.png, run.png, scores.png where there are scores, and index.html, which shows them
     rows: list[tuple[str, str]]  # the table: what, value with its unit
     notes: list[str]  # what the reader must know to trust the table
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The rows of a run as columns ``[N]`` by field name (float64, NaN for null)."""
+    """The rows of a run as columns ``[N]`` by field name (float64, NaN for null).
+
+    ``scores`` holds what else is in rows of scores, and of evaluations by source, each over the tokens trained on.
+    """
 
     train: dict[str, np.ndarray]
     evaluation: dict[str, np.ndarray]
     notes: list[str]
+    scores: dict[str, Series]
 
 
 def report(run_dir: Path) -> Report:
@@ -90,8 +76,12 @@ def report(run_dir: Path) -> Report:
         folder.mkdir(exist_ok=True)
         name = run_dir.resolve().name
         _plot(metrics, window, name, folder)
-        rows = _run_rows(run_dir) + _table(metrics, window)
-        write_page(folder, name, rows, run_dir / "metrics.jsonl", ["loss.png", "run.png"])
+        plots = ["loss.png", "run.png"]
+        if metrics.scores:
+            draw_scores(metrics.scores, name, folder / "scores.png")
+            plots.append("scores.png")
+        rows = _run_rows(run_dir) + _table(metrics, window) + score_rows(metrics.scores)
+        write_page(folder, name, rows, run_dir / "metrics.jsonl", plots)
     except OSError as error:
         raise CannotWriteError(f"{folder}: cannot write the report: {error}; free the disk or the folder") from error
     return Report(folder, rows, metrics.notes)
@@ -124,7 +114,8 @@ def read_metrics(run_dir: Path) -> Metrics:
         rows[row["kind"]].append(row)
     if not rows["train"]:
         raise DataError(f"{path}: no training steps; let the run log a step, then report again")
-    return Metrics(_columns(rows["train"], "train"), _columns(rows["evaluation"], "evaluation"), notes)
+    columns = (_columns(rows["train"], "train"), _columns(rows["evaluation"], "evaluation"))
+    return Metrics(*columns, notes, read_series(rows["evaluation"], rows["scores"]))
 
 
 def _problem(row: Any) -> str | None:
@@ -176,7 +167,7 @@ def _table(metrics: Metrics, window: int) -> list[tuple[str, str]]:
     losses = train["loss"][np.isfinite(train["loss"])][-window:]
     rows = [
         ("steps", f"{train['step'][-1]:,.0f}"),
-        ("tokens", _short(train["tokens"][-1])),
+        ("tokens", short(train["tokens"][-1])),
         (f"final train loss, mean of {losses.size} logged", _loss_text(_mean(losses))),
     ]
     if np.isfinite(evaluation["loss"]).any():
@@ -188,8 +179,8 @@ def _table(metrics: Metrics, window: int) -> list[tuple[str, str]]:
     wall_s = train["time"].max() - train["time"].min() + np.nan_to_num(train["step_time_s"][0])
     return [
         *rows,
-        ("tokens/s, mean", _short(_mean(train["tokens_per_s"][taken]))),
-        ("tokens/s per GPU, mean", _short(_mean(train["tgs"][taken]))),
+        ("tokens/s, mean", short(_mean(train["tokens_per_s"][taken]))),
+        ("tokens/s per GPU, mean", short(_mean(train["tgs"][taken]))),
         ("model FLOPs utilization, mean", "not known" if math.isnan(mfu) else f"{mfu:.1%}"),
         ("wall time, pauses included", _duration(wall_s)),
         ("skipped steps", f"{(~taken).sum():,}"),
@@ -226,16 +217,6 @@ def _mean(values: np.ndarray) -> float:
 
 def _loss_text(nats: float) -> str:
     return f"{nats:.4f} nats, {nats / math.log(2):.4f} bits" if math.isfinite(nats) else "not finite"
-
-
-def _short(number: float, digits: int = 3) -> str:
-    """A few digits and a unit: 12.6M, 3.07B."""
-    if math.isnan(number):
-        return "not known"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.{digits}g}{unit}"
-    return f"{number:.{digits}g}"
 
 
 def _duration(seconds: float) -> str:
@@ -275,19 +256,6 @@ def _plot(metrics: Metrics, window: int, name: str, folder: Path) -> None:
         speed.yaxis.set_major_formatter(number_formatter())
         speed.set_ylim(bottom=0)
         save_figure(figure, folder / "run.png")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG of 128 colours: a third of the bytes, and no difference to the eye for lines on white.
-
-    The colours are chosen to cover all that occur: a choice by area would give a few small markers the colour of the
-    lines.
-    """
-    from PIL import Image
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI)
-    Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def _draw_loss(axes: Any, metrics: Metrics, window: int, title: str) -> None:
@@ -336,10 +304,3 @@ def _mark_skipped(axes: Any, train: dict[str, np.ndarray]) -> None:
         label = f"skipped step ({skipped.size})"
         axes.plot(skipped, np.full(skipped.size, 0.02), "^", ms=6, color=ORANGE, transform=at_edge, label=label)
         axes.legend(loc="upper right")
-
-
-def number_formatter() -> Any:
-    """Numbers of an axis with a unit: 10M."""
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, position: _short(value, digits=4))

@@ -1,4 +1,4 @@
-"""The HTML page of a run's report: its table, where the time of a step goes, the blocks' gradients, and the plots."""
+"""The HTML page of a run's report: its table, where the time of a step goes, norms of the blocks, and the plots."""
 
 import html
 import json
@@ -24,8 +24,7 @@ def write_page(folder: Path, title: str, rows: list[tuple[str, str]], metrics: P
     if timing:
         parts += ["<h2>Time of a step</h2>", _table(timing)]
     if layers:
-        norms = [(f"block {i}", "not finite" if n is None else f"{n:.4g}") for i, n in enumerate(layers["grad_norms"])]
-        parts += [f"<h2>Gradient norms, step {int(layers['step'])}</h2>", _table(norms)]
+        parts += [f"<h2>Norms of the blocks, step {int(layers['step'])}</h2>", _table(_norms(layers))]
     parts += [f'<p><img src="{html.escape(name)}" alt="{html.escape(name)}" width="100%"></p>' for name in plots]
     path = folder / "index.html"
     head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -47,6 +46,17 @@ def _last_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]
             elif row["kind"] == "layers":
                 layers = row
     return train, layers
+
+
+def _norms(layers: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of each block's gradient, and of its state where it has one."""
+    keys = {"gradient": "grad_norms", "state": "state_norms"}
+    columns = [(name, layers[key]) for name, key in keys.items() if key in layers]
+    rows = []
+    for i in range(len(layers["grad_norms"])):
+        found = [f"{name} {'not finite' if norms[i] is None else format(norms[i], '.4g')}" for name, norms in columns]
+        rows.append((f"block {i}", ", ".join(found)))
+    return rows
 
 
 def _timing(train: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -1,7 +1,10 @@
-"""Norms of each block's gradients, of the whole model at every ZeRO stage."""
+"""Norms of each block's gradients and state, of the whole model at every ZeRO stage."""
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
+from tnl.model.state import TransnormerState
 from tnl.training.deepspeed_import import deepspeed
 from tnl.training.tensor_groups import TensorGroups, squared_norm
 
@@ -23,3 +26,21 @@ def gradient_norms(model: nn.Module, tensor: TensorGroups | None = None, *, loss
         else:
             squares.append(squared_norm(known, tensor.group))
     return [float(square) ** 0.5 / loss_scale for square in squares]
+
+
+@torch.no_grad()
+def state_norms(engine, input_ids: torch.Tensor, tensor: TensorGroups | None = None) -> list[float]:
+    """Frobenius norm of each block's recurrent state behind a text, all heads together; on all ranks, between steps.
+
+    Args:
+        engine: a DeepSpeed engine around a `TransnormerForCausalLM`, which stays in training mode.
+        input_ids: int64 [1, T] on the engine's device; the same on ranks that share the weights.
+    """
+    state = TransnormerState()
+    engine.eval()
+    engine(input_ids=input_ids, past_key_values=state, use_cache=True, logits_to_keep=1)
+    engine.train()
+    squares = torch.stack([layer.double().square().sum() for layer in state.layers])
+    if tensor is not None:
+        dist.all_reduce(squares, group=tensor.group)
+    return squares.sqrt().tolist()

@@ -105,6 +105,15 @@ class MetricsWriter:
             f"bits/token{per_byte}"
         )
 
+    def scores(self, row: dict, problem: str | None) -> None:
+        """Record scores of benchmarks, by name; or say why there are none."""
+        if problem is not None:
+            self.message(f"step {row['step']}: no scores: {problem}")
+            return
+        self._write({"kind": "scores", "time": time.time(), **row})
+        names = [name for name in row if name not in ("step", "tokens") and not name.endswith(" stderr")]
+        self.message(f"step {row['step']}: " + ", ".join(f"{name} {row[name]:.4g}" for name in names))
+
     def layers(self, row: dict) -> None:
         """Record norms of the blocks."""
         self._write({"kind": "layers", "time": time.time(), **row})

@@ -24,6 +24,7 @@ from tnl.training.commit import CheckpointStore
 from tnl.training.engine import ELSEWHERE, Ranks, build_engine, build_model, deepspeed_config, init_ranks
 from tnl.training.faults import fault_point
 from tnl.training.hardware import peak_flops
+from tnl.training.layer_norms import state_norms
 from tnl.training.lock import RunLock
 from tnl.training.mesh import Mesh, build_mesh
 from tnl.training.metrics import MetricsWriter, finite_or_none
@@ -46,9 +47,11 @@ from tnl.training.schedule import learning_rate
 from tnl.training.settings import PretrainSettings, RunSettings
 from tnl.training.status import record_failure, record_start, write_status
 from tnl.training.stop import STOP_FILE, StopRequest
+from tnl.training.suite_evaluation import SuiteEvaluation, open_suite, scores_or_problem
 from tnl.training.throughput import Throughput
 from tnl.training.timing import StepTimer, peak_memory
 from tnl.training.train_step import StepResult, TrainStep
+from tnl.training.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def train(
     with ranks.together():
         data = task.open_data(settings, mesh, tokenizer)
         settings = data.resolved(settings)
+        suite = open_suite(settings)
     check_same_data(data.fingerprint, ranks)
     with contextlib.ExitStack() as stack:
         problem = None
@@ -142,7 +146,7 @@ def train(
         try:
             check_shared(settings.output, ranks)
             with out_of_memory_advice(settings, ranks.rank, ranks.world_size):
-                run = _Run(settings, task, data, base, record, ranks, mesh, console or Console(), stack)
+                run = _Run(settings, task, data, suite, base, record, ranks, mesh, console or Console(), stack)
                 return run.train(resume)
         except BaseException as error:
             if str(error) != ELSEWHERE:
@@ -172,6 +176,7 @@ class _Run:
     """A run whose folder is ours: from the choice of a checkpoint to the last step.
 
     Args:
+        suite: benchmarks to measure beside the held-out loss.
         base: the checkpoint that it begins from, where its weights are needed.
         record: what the run folder keeps of it; empty where there was none.
         stack: closes what the run opens.
@@ -182,6 +187,7 @@ class _Run:
         settings: RunSettings,
         task: Task,
         data: RunData,
+        suite: SuiteEvaluation | None,
         base: BaseCheckpoint | None,
         record: dict,
         ranks: Ranks,
@@ -190,7 +196,7 @@ class _Run:
         stack: contextlib.ExitStack,
     ):
         self.settings, self.task, self.data, self.ranks, self.mesh = settings, task, data, ranks, mesh
-        self.base, self.record, self.console, self.stack = base, record, console, stack
+        self.suite, self.base, self.record, self.console, self.stack = suite, base, record, console, stack
         self.identity = identity(settings, data, record.get("fingerprint"))
         self.store = CheckpointStore(settings.output / CHECKPOINTS)
         self.state = RunState()
@@ -275,6 +281,8 @@ class _Run:
             state.count(self.throughput.tokens_per_step, applied=self.engine.was_step_applied())
             if self.metrics:
                 self._report(result, lr, times)
+            if with_norms:
+                self._report_norms(result, micro_batches)
             trace = profiler.end(state.step)
             if self.metrics and trace:
                 self.metrics.message(f"step {state.step}: wrote {trace}")
@@ -326,8 +334,16 @@ class _Run:
                 "peak_memory_bytes": peak_memory(self.ranks.device),
             }
         )
-        if result.norms:
-            self.metrics.layers({"step": state.step, "grad_norms": [finite_or_none(norm) for norm in result.norms]})
+
+    def _report_norms(self, result: StepResult, micro_batches: list[dict]) -> None:
+        """On all ranks: a state is that of the model as a whole, behind rank 0's first window read as one text."""
+        train, norms = self.settings.train, {"grad_norms": result.norms}
+        if self.settings.model.kind == "tnl":
+            text = micro_batches[0]["input_ids"][:1, : train.segment_length or train.sequence_length]
+            norms["state_norms"] = state_norms(self.engine, to_device(text, self.ranks.device), self.mesh.tensor)
+        if self.metrics:
+            finite = {name: [finite_or_none(norm) for norm in found] for name, found in norms.items()}
+            self.metrics.layers({"step": self.state.step, **finite})
 
     def _evaluate(self) -> bool:
         """Returns whether the held-out loss is the lowest so far, and its checkpoint wanted."""
@@ -341,6 +357,10 @@ class _Run:
                 is_best = self.settings.evaluation.keep_best and state.is_best(loss)
             if self.metrics:
                 self.metrics.evaluation({"step": state.step, "tokens": state.tokens, **found})
+        if self.suite is not None:
+            scores, problem = scores_or_problem(self.suite, self.engine)
+            if self.metrics:
+                self.metrics.scores({"step": state.step, "tokens": state.tokens, **scores}, problem)
         samples = self.data.samples(self.engine, self.settings, self.ranks)
         if self.metrics:
             self.metrics.samples(state.step, samples)

@@ -8,12 +8,15 @@ from typing import Protocol
 
 from tnl.data.loader import TrainLoader
 from tnl.data.shards import TOKENIZER_FILE, ShardSet, check_vocabulary
+from tnl.data.source_names import SOURCE_LOSS
 from tnl.data.tokenizer_export import export_tokenizer
 from tnl.errors import DataError
 from tnl.evaluation.heldout import heldout_loss
+from tnl.evaluation.source_loss import source_losses
 from tnl.files import sha256_of
 from tnl.training.engine import Ranks
 from tnl.training.mesh import Mesh
+from tnl.training.metrics import finite_or_none
 from tnl.training.settings import PretrainSettings, RunSettings
 
 
@@ -90,9 +93,7 @@ class PretrainData:
         length = train.segment_length or train.sequence_length * max(1, 4096 // train.sequence_length)
         if train.sequence_parallel > 1:
             length = train.sequence_length // train.sequence_parallel  # no more memory than training takes
-        found = heldout_loss(
-            engine,
-            self.heldout,
+        options = dict(
             device=ranks.device,
             max_tokens=settings.evaluation.max_tokens,
             length=length,
@@ -101,7 +102,11 @@ class PretrainData:
             world_size=mesh.token_size,
             all_reduce=partial(mesh.token_sums, ranks=ranks),
         )
-        return found.row()
+        row = heldout_loss(engine, self.heldout, **options).row()
+        if settings.evaluation.by_source:
+            found = source_losses(engine, self.heldout, **options)
+            row |= {f"{SOURCE_LOSS}{name}": finite_or_none(loss.loss) for name, loss in found.items()}
+        return row
 
     def samples(self, engine, settings: PretrainSettings, ranks: Ranks) -> list[dict]:
         """None."""

@@ -228,7 +228,7 @@ class CheckpointSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Held-out loss during training."""
+    """Held-out loss, and benchmarks, during training."""
 
     every: int = Field(default=0, ge=0, description="steps between evaluations; 0 evaluates after the last step only")
     max_tokens: int = Field(default=262_144, ge=2, description="held-out tokens at most")
@@ -236,6 +236,15 @@ class EvaluationSettings(Settings):
     keep_best: bool = Field(
         default=False, description="save where the held-out loss is lowest, and keep that checkpoint whatever its age"
     )
+    by_source: bool = Field(
+        default=True, description="also the loss of each source of the held-out text, where the shards tell them apart"
+    )
+    suite: str | None = Field(
+        default=None, description="benchmarks to measure, too: quick, or what else tnl evaluate --suite takes"
+    )
+    tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval; with suite, those of its tasks only")
+    data_dir: Path | None = Field(default=None, description="folder with the data of the tasks")
+    limit: int | None = Field(default=100, ge=1, description="documents of each task at most")
 
 
 class LoggingSettings(Settings):
@@ -249,7 +258,9 @@ class LoggingSettings(Settings):
     peak_tflops: float | None = Field(
         default=None, gt=0, description="dense TFLOP/s of one device, for MFU; default by device"
     )
-    layer_norms_every: int = Field(default=0, ge=0, description="steps between norms of each block's gradient; 0: none")
+    layer_norms_every: int = Field(
+        default=0, ge=0, description="steps between norms of each block's gradient and state; 0: none"
+    )
     profile_steps: tuple[int, int] | None = Field(
         default=None, description="first and last step of a trace by torch's profiler, written into the run folder"
     )
@@ -350,6 +361,18 @@ class RunSettings(Settings):
             model = self.model
             found = slicing_problems(model.num_heads, model.glu_dim, model.mixer_norm, self.train.tensor_parallel)
             problems += [f"train.tensor_parallel: {problem}" for problem in found]
+        if self.evaluation.suite is not None or self.evaluation.tasks:
+            # Every rank asks the model for other documents.
+            for key, is_wrong in (
+                ("model.kind: llama", self.model.kind != "tnl"),
+                ("train.zero_stage: 3", self.train.zero_stage == 3),
+                ("train.tensor_parallel", self.train.tensor_parallel > 1),
+            ):
+                if is_wrong:
+                    problems.append(
+                        f"evaluation.suite: needs a TNL model that is whole on every rank, which {key} does not give; "
+                        "remove evaluation.suite and evaluation.tasks"
+                    )
         if self.init_from is not None and self.model.kind != "tnl":
             problems.append(f"model.kind: {self.model.kind} cannot begin from a checkpoint; remove init_from")
         raise_all(problems)
