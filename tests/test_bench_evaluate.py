@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from tests.tiny_model import tiny_model
 from tnl.evaluation.made_requests import ChoiceShape
 from tnl.evaluation.request_scores import RequestScores
 from tnl.tools import bench_evaluate
@@ -39,10 +41,36 @@ def measured(model, tmp_path_factory):
 
 def test_both_adapters_give_the_same_answers(measured):
     rows, _, _ = measured
-    for part in ("mmlu", "hellaswag", "long-choices", "fp32"):
-        assert rows[part]["problem"] is None
-        assert rows[part]["equal_answers"] == 1.0
-        assert rows[part]["largest_difference"] <= bench_evaluate.FP32_TOLERANCE
+    shapes = [rows[part] for part in ("mmlu", "hellaswag", "long-choices")]
+    for row in shapes + rows["accuracy"]["shapes"]:
+        assert row["equal_answers"] == 1.0
+        assert row["largest_difference"] <= bench_evaluate.FP32_TOLERANCE
+    assert [row["problem"] for row in rows.values()] == [None] * 5
+
+
+def test_errors_are_those_of_a_dtype(measured):
+    for row in measured[0]["accuracy"]["shapes"]:
+        names = [(error["adapter"], error["dtype"]) for error in row["errors"]]
+        assert names == [("ours", "float32"), ("hf", "float32")]
+        assert all(0 < error["largest_difference"] < bench_evaluate.FP32_TOLERANCE for error in row["errors"])
+
+
+def test_in_bf16_answers_are_compared_with_a_softmax_in_fp32():
+    model = tiny_model(vocab_size=100).bfloat16()
+    shape = ChoiceShape(1, 6, prefix=0, question=8, choices=4, choice=30)
+    row = bench_evaluate.compare_adapters(model, shape, 300)
+    assert row["times_hf_float32"] == row["hf_float32_seconds"] / row["ours_seconds"]
+    found = bench_evaluate.measure_accuracy(model, shape, 300)
+    assert model.dtype == torch.bfloat16
+    names = [(error["adapter"], error["dtype"], error["softmax"]) for error in found["errors"]]
+    assert names[2:] == [("ours", "bfloat16", "float32"), ("hf", "bfloat16", "bfloat16"), ("hf", "bfloat16", "float32")]
+    ours, rounded, theirs = (error["mean_difference"] for error in found["errors"][2:])
+    assert rounded > 2 * ours  # scores of -140 are multiples of 1
+    assert ours < 2 * theirs
+    row = {"part": "accuracy", "problem": None, "tolerance": 1e-4, "shapes": [found | {"shape": "x"}]}
+    text = bench_evaluate.line(row)
+    assert text.count("\n") == 5
+    assert text.startswith("accuracy, x: 6 questions in fp32: 100.00% equal answers")
 
 
 def test_ours_reads_a_beginning_once_and_theirs_with_every_question(measured):

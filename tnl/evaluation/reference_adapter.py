@@ -7,15 +7,24 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 
-def reference_adapter(model, tokenizer, *, batch_size: int, max_length: int) -> HFLM:
+def reference_adapter(
+    model, tokenizer, *, batch_size: int, max_length: int, softmax_dtype: torch.dtype | None = None
+) -> HFLM:
     """lm-eval's ``hf`` adapter.
 
     Args:
         batch_size: sequences of a forward pass.
         max_length: tokens of a sequence; longer ones are cut.
+        softmax_dtype: of log-probabilities and of their sums; default the model's. In bf16 a sum of -345 is a multiple
+            of 2.
     """
     return HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(model.device)
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=str(model.device),
+        softmax_dtype=softmax_dtype,
     )
 
 

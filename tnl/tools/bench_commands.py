@@ -192,7 +192,7 @@ def bench_evaluate(
     document: Annotated[int, typer.Option(help="Tokens of the long text.", min=2)] = 2**20,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 2**14,
     only: Annotated[
-        str | None, typer.Option(help="Some of mmlu, long-choices, hellaswag, document and fp32; default: all.")
+        str | None, typer.Option(help="Some of mmlu, long-choices, hellaswag, document and accuracy; default: all.")
     ] = None,
     device: BenchDevice = None,
     json_file: BenchJson = None,

@@ -1,7 +1,9 @@
 """`tnl bench evaluate`: requests of benchmarks' shapes, ours beside lm-eval's own adapter, and one very long text.
 
 Both adapters are given the same token ids, the same model and as many tokens a forward pass. Tokenization, which both
-would do, is left out.
+would do, is left out. lm-eval's takes the softmax, and sums log-probabilities, in the dtype of the model, unless it is
+told otherwise; in bf16 that rounds a score of -345 nats to a multiple of 2. So it is timed as it comes and with a
+softmax in fp32, and answers are compared with the latter.
 """
 
 import contextlib
@@ -31,9 +33,10 @@ from tnl.tools.bench_models import (
 )
 from tnl.tools.doctor import pick_device
 
-PARTS = ("mmlu", "hellaswag", "document", "fp32", "long-choices")
+PARTS = ("mmlu", "hellaswag", "document", "accuracy", "long-choices")
 SHORT_DOCUMENT = 16384
 FP32_TOLERANCE = 1e-4
+ACCURACY_TOKENS = 2**17  # that lm-eval's adapter reads of a shape
 LONG_CHOICE = 8
 # lm-eval's adapter reads a question once for choices of one token, and once for each choice otherwise.
 LONG_CHOICES_FRACTION = 4
@@ -117,45 +120,40 @@ def _measure(part: str, model, work: EvaluateWork) -> dict:
     """The figures of a part."""
     if part == "document":
         return measure_document(model, work)
-    if part == "fp32":
-        dtype = model.dtype
-        model.float()
-        rows = [compare_adapters(model, shape, work.batch_tokens) for shape in _small(work).values()]
-        model.to(dtype)  # to what they were, bit for bit
-        return {
-            "questions": sum(row["questions"] for row in rows),
-            "equal_answers": min(row["equal_answers"] for row in rows),
-            "largest_difference": max(row["largest_difference"] for row in rows),
-            "tolerance": FP32_TOLERANCE,
-        }
+    if part == "accuracy":
+        shapes = work.shapes()
+        rows = [{"shape": name} | measure_accuracy(model, shapes[name], work.batch_tokens) for name in shapes]
+        return {"tolerance": FP32_TOLERANCE, "shapes": rows}
     return compare_adapters(model, work.shapes()[part], work.batch_tokens)
 
 
-def _small(work: EvaluateWork) -> dict[str, ChoiceShape]:
-    """A part of each shape that a model takes seconds for in fp32."""
-    return {
-        part: replace(shape, groups=min(2, shape.groups), questions=min(16, shape.questions))
-        for part, shape in work.shapes().items()
+def _adapters(model, shape: ChoiceShape, batch_tokens: int, **softmax_dtypes: torch.dtype | None) -> dict:
+    """Ours, and under each of the other names lm-eval's with that dtype of the softmax."""
+    from tnl.evaluation.harness_model import HarnessModel
+    from tnl.evaluation.reference_adapter import nominal_tokenizer, reference_adapter
+
+    tokenizer = nominal_tokenizer(model.config.vocab_size)
+    size = {"batch_size": _hf_batch_size(shape, batch_tokens), "max_length": shape.longest + 1}
+    theirs = {
+        name: reference_adapter(model, tokenizer, **size, softmax_dtype=dtype) for name, dtype in softmax_dtypes.items()
     }
+    return {"ours": HarnessModel(model, tokenizer, batch_tokens=batch_tokens)} | theirs
+
+
+def _hf_batch_size(shape: ChoiceShape, batch_tokens: int) -> int:
+    return max(1, batch_tokens // shape.longest)
 
 
 def compare_adapters(model, shape: ChoiceShape, batch_tokens: int) -> dict:
-    """Both adapters on the same requests: seconds, positions read, and how their answers differ."""
-    from tnl.evaluation.harness_model import HarnessModel
-    from tnl.evaluation.reference_adapter import ReadTokens, nominal_tokenizer, reference_adapter
+    """All adapters on the same requests: seconds, positions read, and how their answers differ."""
+    from tnl.evaluation.reference_adapter import ReadTokens
 
-    vocab_size = model.config.vocab_size
-    requests = shape.requests(vocab_size)
-    tokenizer = nominal_tokenizer(vocab_size)
-    batch_size = max(1, batch_tokens // shape.longest)
-    adapters = {
-        "ours": HarnessModel(model, tokenizer, batch_tokens=batch_tokens),
-        "hf": reference_adapter(model, tokenizer, batch_size=batch_size, max_length=shape.longest + 1),
-    }
+    requests = shape.requests(model.config.vocab_size)
+    dtypes = {"hf": None} if model.dtype == torch.float32 else {"hf": None, "hf_float32": torch.float32}
     row = asdict(shape) | {"questions": shape.groups * shape.questions, "requests": len(requests)}
-    row |= {"batch_tokens": batch_tokens, "hf_batch_size": batch_size}
+    row |= {"batch_tokens": batch_tokens, "hf_batch_size": _hf_batch_size(shape, batch_tokens)}
     scores = {}
-    for name, adapter in adapters.items():
+    for name, adapter in _adapters(model, shape, batch_tokens, **dtypes).items():
         _scores(adapter, requests[: WARM_QUESTIONS * shape.choices])  # compiles the kernels
         start_peak(model.device)
         with ReadTokens(model) as read:
@@ -163,7 +161,45 @@ def compare_adapters(model, shape: ChoiceShape, batch_tokens: int) -> dict:
                 lambda adapter=adapter, name=name: scores.update({name: _scores(adapter, requests)}), model.device
             )
         row[f"{name}_tokens_read"], row[f"{name}_peak_gib"] = read.count, peak_gib(model.device)
-    return row | {"times_hf": row["hf_seconds"] / row["ours_seconds"]} | differences(*scores.values(), shape.choices)
+        if name != "ours":
+            row[f"times_{name}"] = row[f"{name}_seconds"] / row["ours_seconds"]
+    *_, exact = scores  # the last of them
+    return row | differences(scores["ours"], scores[exact], shape.choices)
+
+
+def measure_accuracy(model, shape: ChoiceShape, batch_tokens: int) -> dict:
+    """How far the adapters' log-likelihoods are from those of the same weights in fp32 with a softmax in fp64, by
+    lm-eval's adapter, and in fp32 from each other."""
+    passes = 1 if shape.choice == 1 else shape.choices
+    fewer = max(1, ACCURACY_TOKENS // (shape.longest * passes * shape.groups))
+    shape = replace(shape, questions=min(shape.questions, fewer))
+    requests, dtype = shape.requests(model.config.vocab_size), model.dtype
+
+    def scores(**softmax_dtypes: torch.dtype | None) -> dict[str, np.ndarray]:
+        adapters = _adapters(model, shape, batch_tokens, **softmax_dtypes)
+        return {name: _scores(adapter, requests) for name, adapter in adapters.items()}
+
+    model.float()
+    try:
+        found = scores(hf=None, exact=torch.float64)
+    finally:
+        model.to(dtype)  # what they were, bit for bit
+    exact = found.pop("exact")
+    measured = [("float32", "float32", found)]
+    if dtype != torch.float32:
+        lower, rounded = str(dtype).removeprefix("torch."), scores(hf=None, hf_float32=torch.float32)
+        measured += [
+            (lower, "float32", {"ours": rounded["ours"]}),
+            (lower, lower, {"hf": rounded["hf"]}),
+            (lower, "float32", {"hf": rounded["hf_float32"]}),
+        ]
+    errors = [
+        {"adapter": name, "dtype": kept, "softmax": softmax} | differences(values, exact, shape.choices)
+        for kept, softmax, by_adapter in measured
+        for name, values in by_adapter.items()
+    ]
+    between = differences(found["ours"], found["hf"], shape.choices)
+    return {"questions": shape.groups * shape.questions} | between | {"errors": errors}
 
 
 def _scores(adapter, requests: list[IdRequest]) -> np.ndarray:
@@ -172,10 +208,10 @@ def _scores(adapter, requests: list[IdRequest]) -> np.ndarray:
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray, choices: int) -> dict:
-    """How log-likelihoods [N] differ, and the answers of questions of so many choices.
+    """How log-likelihoods [N] differ in nats, and the answers of questions of so many choices.
 
-    Where the answers differ, ``margin_of_unequal`` is the largest distance, in nats and by the other adapter, of the
-    two choices that were taken: about as much as the differences where it is only rounding.
+    Where the answers differ, ``margin_of_unequal`` is the largest distance, by the other adapter, of the two choices
+    that were taken: about as much as the differences where it is only rounding.
     """
     a, b = ours.reshape(-1, choices), theirs.reshape(-1, choices)
     rows = np.arange(len(a))
@@ -235,16 +271,36 @@ def line(row: dict) -> str:
             f"{row['part']}: {row['tokens']:,} tokens in {row['long_seconds']:.2f} s, {row['tokens_per_s']:,.0f} "
             f"tokens/s{memory}"
         )
-    answers = (
-        f"{row['equal_answers']:.2%} equal answers, log-likelihoods at most {row['largest_difference']:.1e} nats apart"
-    )
-    if row["part"] == "fp32":
-        fits = "within" if row["largest_difference"] <= row["tolerance"] else "NOT within"
-        return f"{row['part']}: {row['questions']:,} questions, {answers}, {fits} {row['tolerance']:g}"
+    if row["part"] == "accuracy":
+        return "\n".join(_accuracy_line(shape, row["tolerance"]) for shape in row["shapes"])
+    slower = f"{row['times_hf']:.2f} times as long"
+    if "hf_float32_seconds" in row:
+        slower += f", with a softmax in fp32 {row['times_hf_float32']:.2f} times"
     return (
         f"{row['part']}: {row['questions']:,} questions, {row['ours_seconds']:.2f} s, lm-eval's hf adapter "
-        f"{row['hf_seconds']:.2f} s: {row['times_hf']:.2f} times as long; {answers}"
+        f"{row['hf_seconds']:.2f} s: {slower}; {_answers(row)}"
     )
+
+
+def _answers(row: dict) -> str:
+    text = (
+        f"{row['equal_answers']:.2%} equal answers, log-likelihoods at most {row['largest_difference']:.1e} nats apart"
+    )
+    if row["equal_answers"] < 1:
+        text += f", choices that were exchanged at most {row['margin_of_unequal']:.1e}"
+    return text
+
+
+def _accuracy_line(row: dict, tolerance: float) -> str:
+    fits = "within" if row["largest_difference"] <= tolerance else "NOT within"
+    lines = [f"accuracy, {row['shape']}: {row['questions']:,} questions in fp32: {_answers(row)}, {fits} {tolerance:g}"]
+    for error in row["errors"]:
+        lines.append(
+            f"  {error['adapter']} in {error['dtype']}, softmax in {error['softmax']}: {error['mean_difference']:.1e} "
+            f"nats from the softmax in fp64 of the weights in fp32, at most {error['largest_difference']:.1e}; "
+            f"{error['equal_answers']:.2%} of its answers"
+        )
+    return "\n".join(lines)
 
 
 def chosen_parts(only: str | None) -> list[str]:
