@@ -16,8 +16,8 @@ CHOICES = 4
 VERSION = 1.0
 NAMES = ["box", "key", "cup", "map", "hat", "pen", "bag", "jar", "net", "rod"]
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown"]
-# Modules that every Python of these years has, long enough to cut lines from.
-MODULES = ["argparse", "ast", "bisect", "calendar", "configparser", "copy", "csv", "datetime", "difflib", "dis"]
+# Modules that every Python of these years has. In some of them a module of another name holds the code of one of these.
+MODULES = ["argparse", "ast", "bisect", "calendar", "configparser", "copy", "csv", "difflib", "dis", "tarfile"]
 MODULES += ["fnmatch", "functools", "gettext", "glob", "heapq", "inspect", "locale", "queue", "shutil", "textwrap"]
 KEYWORDS = ["and", "as", "else", "for", "if", "import", "in", "is", "not", "or"]
 KEYWORD = re.compile(rf" ({'|'.join(KEYWORDS)}) ")
@@ -64,11 +64,18 @@ def library_file(module: str) -> Path:
     return Path(sysconfig.get_path("stdlib")) / f"{module}.py"
 
 
+def _place(draw: random.Random) -> tuple[list[str], int]:
+    """Lines of a module that is long enough, and the number of one that has as many before it as are shown."""
+    while True:
+        lines = library_file(draw.choice(MODULES)).read_text(encoding="utf-8").splitlines()
+        if len(lines) > SHOWN_LINES:
+            return lines, draw.randrange(SHOWN_LINES, len(lines))
+
+
 def _next_line(draw: random.Random) -> dict:
     """Lines of a program: which of four lines of the same indentation stands next?"""
     while True:
-        lines = library_file(draw.choice(MODULES)).read_text(encoding="utf-8").splitlines()
-        place = draw.randrange(SHOWN_LINES, len(lines))
+        lines, place = _place(draw)
         line = lines[place]
         indent = len(line) - len(line.lstrip())
         others = sorted({other for other in lines if other[:indent].isspace() and other[indent:].strip()} - {line})
@@ -84,8 +91,7 @@ def _next_line(draw: random.Random) -> dict:
 def _keyword(draw: random.Random) -> dict:
     """Lines of a program up to a keyword inside the last: which of four keywords stands there?"""
     while True:
-        lines = library_file(draw.choice(MODULES)).read_text(encoding="utf-8").splitlines()
-        place = draw.randrange(SHOWN_LINES, len(lines))
+        lines, place = _place(draw)
         found = [match for match in KEYWORD.finditer(lines[place]) if lines[place][: match.start()].strip()]
         if found and not lines[place].lstrip().startswith("#"):
             break
