@@ -125,6 +125,21 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
     assert "Usage:" in done.stdout
 
 
+@pytest.mark.parametrize(("arguments", "left"), [(["--version"], False), (["nope"], True)], ids=["done", "error"])
+def test_a_command_that_ends_well_leaves_its_process_group(arguments, left):
+    program = f"""
+import atexit, sys
+from torch import distributed
+from tnl import cli
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print("in a group:", distributed.is_initialized()))
+sys.argv = ["tnl", *{arguments}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith(f"in a group: {left}\n"), done.stderr
+
+
 def test_python_m_tnl_is_the_same_command(tnl_command, monkeypatch, capsys):
     for arguments in (["--version"], ["pretrain", "nope"], ["nope"]):
         expected = tnl_command(*arguments)

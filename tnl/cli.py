@@ -3,6 +3,7 @@
 Heavy imports happen inside them, so that ``tnl --help`` is quick.
 """
 
+import atexit
 import logging
 import sys
 import traceback
@@ -423,6 +424,10 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
+    except SystemExit as end:
+        if end.code in (None, 0, EXIT_PREEMPTED):
+            atexit.register(_leave_group)
+        raise
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -433,6 +438,20 @@ def main() -> None:
         sys.exit(EXIT_CANNOT_WRITE)
     except Exception as error:
         _end_internal(error)
+
+
+def _leave_group() -> None:
+    """Close the connections to the other processes of a run, as torch asks for.
+
+    Not after an error: there the others may be in the middle of something that this one would wait for. And only at the
+    end of the process: what DeepSpeed keeps of the connections does not outlive them.
+    """
+    if "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _end_internal(error: Exception) -> None:
