@@ -49,10 +49,11 @@ def test_both_adapters_give_the_same_answers(measured):
 
 
 def test_errors_are_those_of_a_dtype(measured):
-    for row in measured[0]["accuracy"]["shapes"]:
-        names = [(error["adapter"], error["dtype"]) for error in row["errors"]]
-        assert names == [("ours", "float32"), ("hf", "float32")]
-        assert all(0 < error["largest_difference"] < bench_evaluate.FP32_TOLERANCE for error in row["errors"])
+    errors = measured[1]["errors"]
+    names = [(error["shape"], error["adapter"], error["dtype"]) for error in errors]
+    shapes = ("mmlu", "long-choices", "hellaswag")
+    assert names == [(shape, adapter, "float32") for shape in shapes for adapter in ("ours", "hf")]
+    assert all(0 < error["largest_difference"] < bench_evaluate.FP32_TOLERANCE for error in errors)
 
 
 def test_in_bf16_answers_are_compared_with_a_softmax_in_fp32():

@@ -112,6 +112,9 @@ def bench_evaluate(
         gc.collect()  # of a failure the traceback holds tensors
         result["rows"].append(row)
         report(line(row))
+        # A list of its own, so that it can be a table.
+        errors = [{"shape": of["shape"]} | error for of in row.get("shapes", []) for error in of.pop("errors")]
+        result |= {"errors": errors} if errors else {}
         save(result, json_file)
     return result
 

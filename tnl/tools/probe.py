@@ -20,10 +20,11 @@ from tnl.evaluation.harness_package import check_harness
 from tnl.evaluation.haystack import start_ids, text_ids
 from tnl.evaluation.position_loss import position_loss
 from tnl.evaluation.retrieval import Retrieval, haystack_of, make_samples, retrieve, summary
+from tnl.evaluation.state_reader import PIECE_TOKENS
 from tnl.files import write_atomically
 from tnl.generation.load import load_model
 from tnl.model.state import state_bytes
-from tnl.tools.bench_models import start_peak, synchronize
+from tnl.tools.bench_models import numbers, peak_gib, start_peak, synchronize
 from tnl.tools.probe_plots import draw_grids, draw_lengths, draw_positions
 from tnl.training.export import resolve_model
 from tnl.training.run_folder import CONFIG
@@ -143,27 +144,25 @@ def probe_lengths(name: str, *, lengths: Sequence[int], output: Path, report: Re
     model, _ = _load(name)
     draw = np.random.default_rng(0)
     rows = []
-    position_loss(model, draw.integers(3, model.config.vocab_size, (1, 1 + min(lengths[-1], 2**15))), 1)  # compiles
     for length in lengths:
         ids = draw.integers(3, model.config.vocab_size, (1, 1 + length))
+        position_loss(model, ids[:, : 1 + 2 * PIECE_TOKENS], 1)  # compiles; two pieces are all that there are kinds of
         start_peak(model.device)
         synchronize(model.device)
         began = time.perf_counter()
         loss = position_loss(model, ids, 1)
         synchronize(model.device)
         seconds = time.perf_counter() - began
-        on_gpu = model.device.type == "cuda"
         row = {"tokens": length, "seconds": seconds, "tokens_per_s": length / seconds}
-        row |= {"peak_gpu_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None}
-        row |= {"peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT}
+        row |= {"peak_gib": peak_gib(model.device)}
+        row |= {"peak_process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30}
         row |= {"loss": float(loss.losses[0, 0])}
         rows.append(row)
-        peak = row["peak_gpu_bytes"] or row["peak_process_bytes"]
-        report(
-            f"{length:>9,} tokens: {seconds:.3f} s, {row['tokens_per_s']:,.0f} tokens/s, peak {peak / 2**30:.3f} GiB"
-        )
+        peak = row["peak_gib"] or row["peak_process_gib"]
+        report(f"{length:>9,} tokens: {seconds:.3f} s, {row['tokens_per_s']:,.0f} tokens/s, peak {peak:.3f} GiB")
     of = {"lengths": list(lengths), "state_bytes": state_bytes(model.config)}
-    result = _described(name, model, of) | {"rows": rows}
+    command = {"command": f"tnl probe lengths {name} --lengths {numbers(lengths)}"}
+    result = _described(name, model, of) | command | {"rows": rows}
     _write(output, "lengths", result, lambda path: draw_lengths(rows, f"Reading one text: {name}", path))
     report(f"wrote {output / 'lengths'}.json and .png")
     return result

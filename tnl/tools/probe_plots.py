@@ -72,17 +72,17 @@ def draw_lengths(rows: Sequence[dict], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     tokens = [row["tokens"] for row in rows]
-    memory = "peak_gpu_bytes" if rows[0]["peak_gpu_bytes"] is not None else "peak_process_bytes"
+    memory = "peak_gib" if rows[0]["peak_gib"] is not None else "peak_process_gib"
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         time, space = figure.subplots(1, 2)
         time.plot(tokens, [row["seconds"] for row in rows], "o-", color=BLUE)
         time.set(title="Time", xlabel="tokens", ylabel="seconds", xscale="log", yscale="log")
-        space.plot(tokens, [row[memory] / 2**30 for row in rows], "s-", color=GREEN)
-        name = "Peak GPU memory" if memory == "peak_gpu_bytes" else "Peak memory of the process so far"
+        space.plot(tokens, [row[memory] for row in rows], "s-", color=GREEN)
+        name = "Peak GPU memory" if memory == "peak_gib" else "Peak memory of the process so far"
         space.set(title=name, xlabel="tokens", ylabel="GiB", xscale="log")
-        space.set_ylim(bottom=0)
+        space.set_ylim(0, 1.1 * max(row[memory] for row in rows))
         for axes in (time, space):
             axes.xaxis.set_major_formatter(number_formatter())
             axes.tick_params(colors=GREY)
