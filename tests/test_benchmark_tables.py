@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "kernels" / "benchmarks"))
 tables = importlib.import_module("tables")
 scaling = importlib.import_module("scaling")
 
-DOCUMENTS = [ROOT / "kernels" / "README.md", ROOT / "README.md"]
+DOCUMENTS = [ROOT / "kernels" / "README.md", ROOT / "README.md", ROOT / "docs" / "evaluation.md"]
 RESULT = {
     "gpu": "NVIDIA H100 80GB HBM3",
     "torch": "2.11.0",
