@@ -197,7 +197,7 @@ def test_a_marker_without_its_end_is_an_error(results, text, capsys):
     assert document.read_text() == text
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=["kernels", "project"])
+@pytest.mark.parametrize("document", DOCUMENTS, ids=["kernels", "project", "evaluation"])
 def test_a_readme_shows_the_stored_results(document):
     assert tables.main([str(document), "--check"]) == 0
 
