@@ -331,3 +331,38 @@ def test_the_quick_suite_needs_nothing(folder, tnl_command, tmp_path, monkeypatc
     assert (tmp_path / "evaluation/model-quick/index.html").is_file()
     for column in ("Copy", "Arithmetic", "Next line", "Repeat", "per byte", "chance"):
         assert column in out
+
+
+def test_a_task_with_empty_answers_has_no_score_unless_they_are_allowed(folder, tnl_command, tmp_path, monkeypatch):
+    def generate(self, requests, disable_tqdm=False):
+        return ["self", "", "self", " \n"][: len(requests)]
+
+    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", generate)
+    arguments = ["evaluate", folder / "model", "--tasks", "tnl_repeat,tnl_copy", "--limit", "4", "--output", tmp_path]
+    code, out, err = tnl_command(*arguments)
+    assert code == EXIT_DATA
+    reason = "the answers to 2 of 4 documents are empty (doc_id 1, 3); see their prompts in tnl_repeat.jsonl"
+    assert "error: 1 of 2 tasks were not measured" in err
+    assert f"tnl_repeat: {reason}" in err
+    assert reason in out
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert list(found["scores"]) == ["tnl_copy"]
+    lines = (tmp_path / "prompts/tnl_repeat.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answers"] for line in lines[:2]] == [["self"], [""]]
+    code, out, _ = tnl_command(*arguments, "--allow-empty")
+    assert code == 0
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert (set(found["scores"]), found["settings"]["allow_empty"]) == ({"tnl_repeat", "tnl_copy"}, True)
+
+
+def test_a_task_of_which_all_answers_are_empty_leaves_a_report(folder, tnl_command, tmp_path, monkeypatch):
+    def generate(self, requests, disable_tqdm=False):
+        return [""] * len(requests)
+
+    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", generate)
+    arguments = ["evaluate", folder / "model", "--tasks", "tnl_repeat", "--limit", "7", "--output", tmp_path]
+    code, _, err = tnl_command(*arguments)
+    assert code == EXIT_DATA
+    assert "the answers to 7 of 7 documents are empty (doc_id 0, 1, 2, 3, 4, ...)" in err
+    assert (tmp_path / "index.html").is_file()
+    assert tnl_command("evaluate", folder / "model", "--data", tmp_path, "--allow-empty")[0] == 2

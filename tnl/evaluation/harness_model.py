@@ -44,7 +44,7 @@ class HarnessCounts:
         tokens_reused: not read again, because another request begins with them.
         tokens_generated: end tokens not counted.
         truncations: requests that lost tokens on the left to fit ``max_length``, those of the other ranks included.
-        empty_outputs: generations without any text, because they ended at once; those from the cache included.
+        empty_outputs: generations of no text, or of blanks only; those from the cache included.
     """
 
     requests: int = 0
@@ -331,7 +331,7 @@ class HarnessModel(TemplateLM):
                 texts.compute(self._reader, missing)
 
             failure = self._computed(compute, sum(map(len, missing.values())))
-            self.counts.empty_outputs += sum(not text for text in found.values())
+            self.counts.empty_outputs += sum(not text.strip() for text in found.values())
             return self._division.gather(found, failure)
 
     def _computed(self, compute: Callable[[], None], num_tokens: int) -> UserError | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROMPTS, SAMPLES = "prompts", "samples"
 # Options that the scores depend on.
-SHOWN = ("suite", "tasks", "limit", "batch_tokens", "max_length", "num_fewshot")
+SHOWN = ("suite", "tasks", "limit", "batch_tokens", "max_length", "num_fewshot", "allow_empty")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class SuiteOptions:
         output: folder for the report, the prompts, and the results by sample that a later start reads back.
         batch_tokens, max_length: see `tnl.evaluation.harness_model.HarnessModel`.
         num_fewshot: examples before each question, in place of those that the suite or the task says.
+        allow_empty: count an empty text as an answer; else a task with one has no score, unless its suite says so.
         bench: files of `tnl bench train` and `tnl bench generate`.
     """
 
@@ -50,6 +51,7 @@ class SuiteOptions:
     batch_tokens: int = 2**14
     max_length: int | None = None
     num_fewshot: int | None = None
+    allow_empty: bool = False
     bench: tuple[Path, ...] = ()
 
 
@@ -69,7 +71,8 @@ def evaluate_suite(
     Raises:
         ConfigError: no such suite, task or metric, unsafe tasks, or a model that cannot be loaded or has no fitting
             tokenizer.
-        DataError: data are missing or wrong, of one task at least; the others are measured and reported before.
+        DataError: data are missing or wrong, or answers empty, of one task at least; the others are measured and
+            reported before.
         CannotWriteError: the output folder cannot be written.
     """
     check_harness()
@@ -101,15 +104,17 @@ def evaluate_suite(
         )
         cache.close()
         settings = {key: value for key, value in asdict(options).items() if key in SHOWN and value not in (None, ())}
+        if not options.allow_empty:
+            del settings["allow_empty"]
         found = assemble(about_model(name, model), suite, settings, library.data, tasks, measured, speed)
         if rank == 0:
             write_report(found, options.output)
             say(to_text(found))
             say(f"report: {options.output / PAGE}")
-    if tasks.missing:
+    if measured.missing:
         raise DataError(
-            f"{len(tasks.missing)} of {len(wanted)} tasks were not measured, or not whole:\n"
-            + "\n".join(f"  {reason}" for reason in tasks.missing.values())
+            f"{len(measured.missing)} of {len(wanted)} tasks were not measured, or not whole:\n"
+            + "\n".join(f"  {reason}" for reason in measured.missing.values())
         )
     return found
 
@@ -146,16 +151,17 @@ def wanted_tasks(suite: SuiteSettings | None, options: SuiteOptions) -> "list[Wa
 
     shots = options.num_fewshot
     if suite is None:
-        return [Wanted(name, shots) for name in dict.fromkeys(options.tasks)]
+        return [Wanted(name, shots, allow_empty=options.allow_empty) for name in dict.fromkeys(options.tasks)]
     metrics: dict[str, list[str]] = {}
     for task in suite.tasks:
         metrics.setdefault(task.task, []).append(task.metric)
+    may_be_empty = {task.task for task in suite.tasks if task.allow_empty or options.allow_empty}
     for name in options.tasks:
         if name not in metrics:
             raise ConfigError(f"--tasks: {options.suite} has no task {name!r}, {did_you_mean(name, metrics)}")
     given = {task.task: task.num_fewshot if shots is None else shots for task in suite.tasks}
     return [
-        Wanted(name, given[name], tuple(found))
+        Wanted(name, given[name], tuple(found), name in may_be_empty)
         for name, found in metrics.items()
         if not options.tasks or name in options.tasks
     ]

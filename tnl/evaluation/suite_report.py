@@ -120,7 +120,7 @@ def assemble(
         tables.append(losses_table(measured.losses, source))
     tables += [*speed, scores_table("All metrics of all tasks", measured.details, source, is_detail=True)]
     title = f"{about.label}: {suite.title if suite else ', '.join(tasks.selections)}"
-    return ScoreReport(title, tuple(facts.items()), tuple(tables), tasks.missing, record)
+    return ScoreReport(title, tuple(facts.items()), tuple(tables), measured.missing, record)
 
 
 def _versions() -> dict[str, str]:

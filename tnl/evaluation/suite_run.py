@@ -36,11 +36,13 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A name that is to be measured, the examples before each question, and the metrics that are needed of it."""
+    """A name that is to be measured, the examples before each question, the metrics that are needed of it, and whether
+    an empty text is an answer."""
 
     name: str
     num_fewshot: int | None = None
     metrics: tuple[str, ...] = ()
+    allow_empty: bool = False
 
 
 @dataclass
@@ -50,21 +52,25 @@ class Plan:
     Attributes:
         selections: what each wanted name stands for.
         tasks: those with data, by name.
+        allow_empty: names of those of which an empty text is an answer, if a wrong one.
         missing: wanted name -> why it, or a part of it, cannot be measured.
     """
 
     selections: dict[str, Selection] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
+    allow_empty: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores by wanted name, those of all single tasks, and the losses of texts."""
+    """Scores by wanted name, those of all single tasks, the losses of texts, and by wanted name why it, or a part of
+    it, has no score."""
 
     scores: dict[str, list[Score]]
     details: list[Score]
     losses: list[TextLoss]
+    missing: dict[str, str]
 
 
 def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool) -> Plan:
@@ -77,6 +83,7 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
     found, ways = Plan(), {}
     for each in wanted:
         found.selections[each.name] = library.select(each.name)
+        found.allow_empty |= {leaf.name for leaf in found.selections[each.name].leaves if each.allow_empty}
         for leaf in found.selections[each.name].leaves:
             if library.is_unsafe(leaf) and not confirm_unsafe:
                 raise ConfigError(
@@ -169,24 +176,51 @@ def measure(
     tokens = RequestTokens(model.tokenizer)
     single: dict[str, list[Score]] = {}
     losses: list[TextLoss] = []
+    empty: dict[str, str] = {}
     for name, task in tasks.tasks.items():
         samples = results["samples"][name]
         if prompts is not None:
             write_prompts(prompts / f"{name}.jsonl", samples)
+        if name not in tasks.allow_empty and (reason := _empty_texts(task, samples)):
+            empty[name] = reason
+            continue
         single[name] = task_scores(task, samples)
         of_texts = text_losses(name, samples, tokens)
         losses += of_texts
         there = {score.metric for score in single[name]}
         more = [loss.score(single[name][0]) for loss in of_texts]
         single[name] += [score for score in more if score.metric not in there]
-    scores = {}
+    scores, missing = {}, dict(tasks.missing)
     for name, selection in tasks.selections.items():
+        reasons = [missing[name]] if name in missing else []
+        reasons += [empty[leaf.name] for leaf in selection.leaves if leaf.name in empty]
+        if reasons:
+            missing[name] = "; ".join(reasons)
         parts = [single[leaf.name] for leaf in selection.leaves if leaf.name in single]
         if parts:
             whole = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
             # A group of which no mean makes sense stands for its tasks.
             scores[name] = whole or [score for part in parts for score in part]
-    return Measured(scores, [score for found in single.values() for score in found], losses)
+    return Measured(scores, [score for found in single.values() for score in found], losses, missing)
+
+
+def _empty_texts(task: Task, samples: Sequence[dict[str, Any]]) -> str | None:
+    """What is wrong with the answers of a task where some are empty: the model ends at once, or the template or stop
+    texts do not fit it."""
+    # One sample for each filter, all of them of the same answers; a log-likelihood is no text.
+    documents = {sample["doc_id"]: [answer for answers in sample["resps"] for answer in answers] for sample in samples}
+    empty = sorted(
+        doc_id
+        for doc_id, answers in documents.items()
+        if any(isinstance(answer, str) and not answer.strip() for answer in answers)
+    )
+    if not empty:
+        return None
+    shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+    return (
+        f"{task.task_name}: the answers to {len(empty)} of {len(documents)} documents are empty (doc_id {shown}); see "
+        f"their prompts in {task.task_name}.jsonl, and give --allow-empty to count them as answers"
+    )
 
 
 def write_prompts(file: Path, samples: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ class SuiteTask(Settings):
     metric: str
     num_fewshot: int = Field(0, ge=0)
     unit: Literal["percent", "raw"] = "percent"
+    allow_empty: bool = False  # whether an empty text is an answer, if a wrong one
 
 
 class Average(Settings):

@@ -47,6 +47,10 @@ def evaluate(
     bench: Annotated[
         list[Path] | None, typer.Option(help="JSON of tnl bench train or generate to report, too; may be given again.")
     ] = None,
+    allow_empty: Annotated[
+        bool,
+        typer.Option("--allow-empty", help="Count empty texts as answers; else a task with one is not scored."),
+    ] = False,
     confirm_unsafe: Annotated[
         bool,
         typer.Option(
@@ -57,7 +61,8 @@ def evaluate(
     """Held-out loss on prepared text, or benchmarks beside the published scores of TNL and other models.
 
     Benchmarks run without a network, on data that tnl data fetch brought; --suite quick needs none. A killed
-    evaluation goes on where it stood. Exit code 65: some tasks lack data, the others are in the report.
+    evaluation goes on where it stood. Exit code 65: some tasks lack data, or texts of the model are empty; the
+    others are in the report.
 
     Examples:
 
@@ -78,6 +83,7 @@ def evaluate(
     for_data = {"--max-tokens": max_tokens, "--window": window, "--json": json_file}
     for_suites = {"--data-dir": data_dir, "--limit": limit, "--few-shot": few_shot, "--max-length": max_length}
     for_suites |= {"--output": output, "--bench": bench, "--confirm-unsafe": confirm_unsafe or None}
+    for_suites |= {"--allow-empty": allow_empty or None}
     wrong = [name for name, value in (for_data if data is None else for_suites).items() if value is not None]
     if wrong:
         kind = "--suite and --tasks" if data is None else "--data"
@@ -106,6 +112,7 @@ def evaluate(
         batch_tokens=batch_tokens,
         max_length=max_length,
         num_fewshot=few_shot,
+        allow_empty=allow_empty,
         bench=tuple(bench or ()),
     )
     evaluate_suite(model, options, resolve=resolve_model, report=lambda text: print(text, flush=True))

@@ -37,7 +37,8 @@ class SuiteEvaluation:
         self._output, self._limit = settings.output, wanted.limit
         self._batch_tokens = batch_tokens(settings.train)
         self._suite = None if wanted.suite is None else load_suite(wanted.suite)
-        options = SuiteOptions(suite=wanted.suite, tasks=wanted.tasks, output=settings.output)
+        # A model that has learned little may well end at once.
+        options = SuiteOptions(suite=wanted.suite, tasks=wanted.tasks, output=settings.output, allow_empty=True)
         self._tasks = plan(
             TaskLibrary(TaskData(wanted.data_dir)), wanted_tasks(self._suite, options), confirm_unsafe=False
         )
