@@ -10,12 +10,12 @@ from tnl.errors import EXIT_DATA, EXIT_USAGE
 from tnl.tools.comparison import compare, read_curve
 
 
-def run_of(folder, *, seconds: float, losses: dict[int, float], kind: str = "tnl"):
+def run_of(folder, *, seconds: float, losses: dict[int, float], kind: str = "tnl", more: str = ""):
     """A run of 40 steps of 1,000 tokens that take ``seconds`` each."""
     rows = [train_row(step, step_time_s=seconds) for step in range(1, 41)]
     rows += [evaluation_row(step, loss) for step, loss in losses.items()]
     run = write_run(folder, rows)
-    (run / "config.yaml").write_text(f"model:\n  kind: {kind}\n")
+    (run / "config.yaml").write_text(f"model:\n  kind: {kind}\n{more}")
     return run
 
 
@@ -31,7 +31,8 @@ def test_a_curve_counts_training_time_and_nothing_else(tmp_path):
 def test_the_slower_run_is_also_judged_when_the_quicker_has_ended(tmp_path):
     quick = run_of(tmp_path / "quick", seconds=0.5, losses={20: 5.0, 40: 4.0})
     slow = run_of(tmp_path / "slow", seconds=1.0, losses={20: 4.9, 40: 3.9}, kind="llama")
-    rows = compare([quick, slow], tmp_path / "out")
+    rows, notes = compare([quick, slow], tmp_path / "out")
+    assert notes == []
     assert [row["kind"] for row in rows] == ["tnl", "llama"]
     assert [row["heldout_loss"] for row in rows] == [4.0, 3.9]
     assert [row["heldout_loss_at_equal_time"] for row in rows] == pytest.approx([4.0, 4.9])
@@ -59,6 +60,18 @@ def test_the_command_prints_each_run(tmp_path, tnl_command):
     assert "a (tnl)" in out
     assert "b (tnl)" in out
     assert "held-out loss  " in out
+
+
+def test_runs_that_hold_out_different_tokens_are_compared_with_a_note(tmp_path, tnl_command):
+    first = run_of(tmp_path / "a", seconds=1.0, losses={40: 4.0}, more="data:\n  shards: x\n")
+    second = run_of(tmp_path / "b", seconds=1.0, losses={40: 4.0}, more="data:\n  shards: y\n")
+    for run in (first, second):
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer/tokenizer.model").write_text(run.name)
+    code, out, _ = tnl_command("compare", first, second, "--output", tmp_path / "out")
+    assert code == 0
+    assert "note: held-out losses may be of different tokens: data.shards is x in a, y in b; tokenizer is " in out
+    assert len(json.loads((tmp_path / "out/comparison.json").read_text())["notes"]) == 1
 
 
 def test_bad_input_is_one_message(tmp_path, tnl_command):

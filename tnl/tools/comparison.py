@@ -11,15 +11,18 @@ import numpy as np
 
 from tnl.config import read_yaml
 from tnl.errors import CannotWriteError, ConfigError, DataError
-from tnl.files import write_atomically
+from tnl.files import sha256_of, write_atomically
 from tnl.tools.figures import BLUE, GREEN, GREY, ORANGE, STYLE, number_formatter, save_figure
 from tnl.tools.report import read_metrics
 from tnl.tools.score_comparison import compare_scores, distinct_names, is_result, lines
 from tnl.tools.tables import format_rows
 from tnl.training.metrics import finite_or_none
+from tnl.training.run_folder import TOKENIZER
 
 # By the order of the runs; of lines and markers, so that a print in grey still tells them apart.
 LINES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (GREY, "D:"))
+# What says which tokens are held out. Not the window: a model that gains by a longer one may show it.
+HELDOUT_KEYS = (("data", "shards"), ("data", "source"), ("data", "heldout_fraction"), ("evaluation", "max_tokens"))
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Curve:
         tokens, seconds: trained on before each evaluation, and for how long, evaluations and checkpoints left out.
         loss: nats per token.
         rate: tokens per second of training.
+        heldout: what says which tokens the losses are of, by configuration key.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Curve:
     seconds: np.ndarray
     loss: np.ndarray
     rate: float
+    heldout: dict[str, str]
 
     def loss_after(self, seconds: float) -> float:
         """Loss after so much training, between two evaluations by a straight line; NaN before the first one."""
@@ -63,15 +68,33 @@ def read_curve(run: Path) -> Curve:
     seconds = np.cumsum(train["step_time_s"][order])
     tokens, loss = evaluation["tokens"][known], evaluation["loss"][known]
     config = run / "config.yaml"
-    model = read_yaml(config).get("model", {}) if config.is_file() else {}
+    settings = read_yaml(config) if config.is_file() else {}
     return Curve(
         run.resolve().name,
-        model.get("kind", "tnl"),
+        settings.get("model", {}).get("kind", "tnl"),
         tokens,
         np.interp(tokens, train["tokens"][order], seconds),
         loss,
         float(train["tokens"][order][-1] / seconds[-1]),
+        _heldout(run, settings),
     )
+
+
+def _heldout(run: Path, settings: dict) -> dict[str, str]:
+    found = {f"{section}.{key}": str(settings.get(section, {}).get(key)) for section, key in HELDOUT_KEYS}
+    tokenizer = run / TOKENIZER / "tokenizer.model"
+    return found | ({"tokenizer": sha256_of(tokenizer)[:12]} if tokenizer.is_file() else {})
+
+
+def _differences(curves: list[Curve], names: list[str]) -> list[str]:
+    """A note, if anything says that the losses are of different tokens."""
+    differences = []
+    for key in dict.fromkeys(key for curve in curves for key in curve.heldout):
+        values = [curve.heldout.get(key, "not known") for curve in curves]
+        if len(set(values)) > 1:
+            told = ", ".join(f"{value} in {name}" for name, value in zip(names, values, strict=True))
+            differences.append(f"{key} is {told}")
+    return [f"held-out losses may be of different tokens: {'; '.join(differences)}"] if differences else []
 
 
 def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], None] = print) -> None:
@@ -91,10 +114,9 @@ def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], Non
     if results:
         found, notes = compare_scores(paths, folder)
         report(format_rows(f"first {paths[0]}, second {paths[1]}: scores, difference, interval of 95 %", lines(found)))
-        for note in notes:
-            report(f"note: {note}")
     else:
-        for row in compare(paths, folder):
+        rows, notes = compare(paths, folder)
+        for row in rows:
             equal = row["heldout_loss_at_equal_time"]
             facts = {
                 "tokens": f"{row['tokens']:,}",
@@ -103,11 +125,14 @@ def show_comparison(paths: list[Path], folder: Path, report: Callable[[str], Non
                 "held-out loss when the shortest run had ended": "not known" if equal is None else f"{equal:.4f} nats",
             }
             report(format_rows(f"{row['run']} ({row['kind']})", list(facts.items())))
+    for note in notes:
+        report(f"note: {note}")
     report(f"plot: {folder / 'comparison.png'}")
 
 
-def compare(runs: list[Path], folder: Path) -> list[dict]:
-    """Write ``comparison.png`` and ``comparison.json`` to ``folder``; returns a row for each run.
+def compare(runs: list[Path], folder: Path) -> tuple[list[dict], list[str]]:
+    """Write ``comparison.png`` and ``comparison.json`` to ``folder``; returns a row for each run, and notes on
+    what keeps their losses from being compared.
 
     Raises:
         ConfigError: fewer than two runs, or more than there are kinds of lines.
@@ -131,6 +156,7 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
         }
         for name, curve in zip(names, curves, strict=True)
     ]
+    notes = _differences(curves, names)
     columns = ("tokens", "seconds", "loss")
     points = {
         name: {key: getattr(curve, key).tolist() for key in columns} for name, curve in zip(names, curves, strict=True)
@@ -138,13 +164,13 @@ def compare(runs: list[Path], folder: Path) -> list[dict]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _draw(curves, names, folder / "comparison.png")
-        text = json.dumps({"rows": rows, "curves": points}, indent=1, allow_nan=False)
+        text = json.dumps({"rows": rows, "notes": notes, "curves": points}, indent=1, allow_nan=False)
         write_atomically(folder / "comparison.json", text + "\n")
     except OSError as error:
         raise CannotWriteError(
             f"{folder}: cannot write the comparison: {error}; free the disk or the folder"
         ) from error
-    return rows
+    return rows, notes
 
 
 def _draw(curves: list[Curve], names: list[str], path: Path) -> None:
