@@ -125,19 +125,27 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
     assert "Usage:" in done.stdout
 
 
-@pytest.mark.parametrize(("arguments", "left"), [(["--version"], False), (["nope"], True)], ids=["done", "error"])
-def test_a_command_that_ends_well_leaves_its_process_group(arguments, left):
+@pytest.mark.parametrize(
+    ("ending", "is_member"),
+    [("sys.exit(0)", False), ("sys.exit(75)", False), ("sys.exit(2)", True), ("1 / 0", True)],
+    ids=["done", "to be continued", "refused", "defect"],
+)
+def test_a_command_that_ends_well_leaves_its_process_group(ending, is_member):
     program = f"""
 import atexit, sys
 from torch import distributed
 from tnl import cli
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 atexit.register(lambda: print("in a group:", distributed.is_initialized()))
-sys.argv = ["tnl", *{arguments}]
+
+def app():
+    {ending}
+
+cli.app = app
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.endswith(f"in a group: {left}\n"), done.stderr
+    assert done.stdout.endswith(f"in a group: {is_member}\n"), done.stderr
 
 
 def test_python_m_tnl_is_the_same_command(tnl_command, monkeypatch, capsys):

@@ -18,10 +18,11 @@ from tests.tiny_folder import tiny_folder
 from tests.tiny_tokenizers import released_tokenizer
 from tests.tiny_tokenizers import tiny_model as tiny_sentencepiece
 from tests.warm_process import CONTEXT
-from tnl.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_USAGE
+from tnl.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_USAGE, ConfigError
 from tnl.evaluation import harness_model
+from tnl.evaluation.empty_answers import EmptyAnswers, empty_answers
 from tnl.evaluation.sample_cache import SampleCache
-from tnl.evaluation.suite_command import SuiteOptions, evaluate_suite
+from tnl.evaluation.suite_command import SuiteOptions, evaluate_suite, load_suite
 from tnl.evaluation.suite_run import SEEDS, Wanted, plan
 from tnl.evaluation.task_data import TaskData
 from tnl.evaluation.task_library import TaskLibrary
@@ -333,36 +334,103 @@ def test_the_quick_suite_needs_nothing(folder, tnl_command, tmp_path, monkeypatc
         assert column in out
 
 
-def test_a_task_with_empty_answers_has_no_score_unless_they_are_allowed(folder, tnl_command, tmp_path, monkeypatch):
-    def generate(self, requests, disable_tqdm=False):
-        return ["self", "", "self", " \n"][: len(requests)]
+# Empty answers
 
-    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", generate)
+
+EMPTY = """
+title: Two tasks
+tasks:
+  - {task: tnl_repeat, column: Repeat, metric: exact_match, allow_empty: true}
+  - {task: mmlu_anatomy_generative, column: Anatomy, metric: exact_match}
+"""
+
+
+@pytest.fixture
+def write_answers(monkeypatch):
+    """Have the model answer every task with these texts in turn."""
+
+    def write(*texts):
+        def generate(self, requests, disable_tqdm=False):
+            return [texts[i % len(texts)] for i in range(len(requests))]
+
+        monkeypatch.setattr(harness_model.HarnessModel, "generate_until", generate)
+
+    return write
+
+
+def test_a_task_with_empty_answers_has_no_score_unless_they_are_allowed(folder, tnl_command, tmp_path, write_answers):
+    write_answers("self ", "", "self ", " \n")
     arguments = ["evaluate", folder / "model", "--tasks", "tnl_repeat,tnl_copy", "--limit", "4", "--output", tmp_path]
     code, out, err = tnl_command(*arguments)
     assert code == EXIT_DATA
-    reason = "the answers to 2 of 4 documents are empty (doc_id 1, 3); see their prompts in tnl_repeat.jsonl"
+    reason = "the answers to 2 of 4 documents are empty (doc_id 1, 3); look at them in prompts/tnl_repeat.jsonl"
     assert "error: 1 of 2 tasks were not measured" in err
     assert f"tnl_repeat: {reason}" in err
     assert reason in out
     found = json.loads((tmp_path / "scores.json").read_text())
     assert list(found["scores"]) == ["tnl_copy"]
-    lines = (tmp_path / "prompts/tnl_repeat.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answers"] for line in lines[:2]] == [["self"], [""]]
+    assert found["empty_answers"] == {"tnl_repeat": {"documents": [1, 3], "total": 4, "allowed": False}}
+    lines = [json.loads(line) for line in (tmp_path / "prompts/tnl_repeat.jsonl").read_text().splitlines()]
+    assert [line["answers"] for line in lines[:2]] == [["self"], [""]]
+    assert [line["texts"] for line in lines] == [["self "], [""], ["self "], [" \n"]]
     code, out, _ = tnl_command(*arguments, "--allow-empty")
     assert code == 0
+    assert "empty answers counted as wrong" in (tmp_path / "report.md").read_text()
     found = json.loads((tmp_path / "scores.json").read_text())
     assert (set(found["scores"]), found["settings"]["allow_empty"]) == ({"tnl_repeat", "tnl_copy"}, True)
+    assert found["empty_answers"]["tnl_repeat"]["allowed"]
 
 
-def test_a_task_of_which_all_answers_are_empty_leaves_a_report(folder, tnl_command, tmp_path, monkeypatch):
-    def generate(self, requests, disable_tqdm=False):
-        return [""] * len(requests)
-
-    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", generate)
+def test_a_task_of_which_all_answers_are_empty_leaves_a_report(folder, tnl_command, tmp_path, write_answers):
+    write_answers("")
     arguments = ["evaluate", folder / "model", "--tasks", "tnl_repeat", "--limit", "7", "--output", tmp_path]
     code, _, err = tnl_command(*arguments)
     assert code == EXIT_DATA
     assert "the answers to 7 of 7 documents are empty (doc_id 0, 1, 2, 3, 4, ...)" in err
     assert (tmp_path / "index.html").is_file()
-    assert tnl_command("evaluate", folder / "model", "--data", tmp_path, "--allow-empty")[0] == 2
+    assert tnl_command("evaluate", folder / "model", "--data", tmp_path, "--allow-empty")[0] == EXIT_USAGE
+
+
+def test_a_suite_says_of_each_task_whether_its_answers_may_be_empty(folder, tnl_command, tmp_path, write_answers):
+    write_answers("", "self")
+    (tmp_path / "two.yaml").write_text(EMPTY)
+    rows = [{"question": "what", "choices": ["of", "in", "for", "self"], "answer": i % 4} for i in range(4)]
+    for split in ("test", "dev"):
+        write_rows(tmp_path / f"tasks/mmlu_anatomy_generative/{split}.jsonl", rows)
+    arguments = ["--data-dir", tmp_path / "tasks", "--limit", "4", "--output", tmp_path / "out"]
+    code, _, err = tnl_command("evaluate", folder / "model", "--suite", tmp_path / "two.yaml", *arguments)
+    assert code == EXIT_DATA
+    assert "mmlu_anatomy_generative: the answers to 2 of 4 documents are empty (doc_id 0, 2)" in err
+    assert list(json.loads((tmp_path / "out/scores.json").read_text())["scores"]) == ["tnl_repeat"]
+    group = ["evaluate", folder / "model", "--tasks", "mmlu_stem_generative", *arguments]
+    code, _, err = tnl_command(*group)
+    assert code == EXIT_DATA
+    assert "have no data (" in err
+    assert (
+        "mmlu_stem_generative: 1 of its 19 tasks have empty answers (mmlu_anatomy_generative); look at them in prompts/"
+    ) in err
+    code, _, err = tnl_command(*group, "--allow-empty")
+    assert "empty" not in err
+    found = json.loads((tmp_path / "out/scores.json").read_text())
+    assert [score["task"] for score in found["details"]] == ["mmlu_anatomy_generative"]
+
+
+def test_empty_answers_are_refused_in_one_way(folder, tmp_path):
+    wanted = [Wanted("mmlu_stem_generative"), Wanted("mmlu_anatomy_generative", allow_empty=True)]
+    library = TaskLibrary(TaskData(folder / "tasks"))
+    with pytest.raises(
+        ConfigError, match=r"mmlu_anatomy_generative: wanted in two ways \(as it is, {'allow_empty': True"
+    ):
+        plan(library, wanted, confirm_unsafe=False)
+    (tmp_path / "two.yaml").write_text(EMPTY + "  - {task: tnl_repeat, column: Again, metric: exact_match}\n")
+    with pytest.raises(ConfigError, match="tnl_repeat has two values of allow_empty, give one"):
+        load_suite(str(tmp_path / "two.yaml"))
+
+
+def test_a_document_is_empty_once_however_often_it_is_answered_and_filtered():
+    samples = [
+        {"doc_id": doc_id, "filter": kept, "resps": resps}
+        for kept in ("strict", "flexible")
+        for doc_id, resps in ((7, [["self", " "]]), (2, [["self", "of"]]), (5, [[""], ["of"]]), (3, [[(-1.5, False)]]))
+    ]
+    assert empty_answers(samples) == EmptyAnswers((5, 7), 4)

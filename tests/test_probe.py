@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.test_report import is_png
 from tests.tiny_folder import tiny_folder
 from tests.tiny_model import tiny_model
-from tnl.errors import EXIT_CANNOT_WRITE, ConfigError, DataError, NonFiniteError
+from tnl.errors import EXIT_CANNOT_WRITE, EXIT_DATA, ConfigError, DataError, NonFiniteError
 from tnl.evaluation import haystack, retrieval
+from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.position_loss import position_loss
 from tnl.evaluation.retrieval import NEEDLE, PASSKEY, make_samples, retrieve, summary
 from tnl.evaluation.state_reader import read, score_answers
@@ -205,8 +206,11 @@ def test_positions_and_lengths_write_figures(tnl_command, folder, tmp_path):
     assert (len(result["rows"]), result["settings"]["trained"]) == (4, 64)
     code, out, err = tnl_command("probe", "lengths", folder, "--lengths", "64,500", "--output", tmp_path)
     assert code == 0, err
-    rows = json.loads((tmp_path / "lengths.json").read_text())["rows"]
+    lengths = json.loads((tmp_path / "lengths.json").read_text())
+    rows = lengths["rows"]
+    assert lengths["command"] == f"tnl probe lengths {folder} --lengths 64,500"
     assert [row["tokens"] for row in rows] == [64, 500]
+    assert all(row["peak_gib"] is None and row["peak_process_gib"] > 0.05 for row in rows)
     assert all(row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"]) for row in rows)
     assert is_png(tmp_path / "positions.png")
     assert is_png(tmp_path / "lengths.png")
@@ -237,6 +241,20 @@ def test_a_task_of_ruler_that_cannot_be_made_is_named_and_the_others_run(tnl_com
     assert "score" not in tracking
     assert (frequent["samples"], frequent["truncations"], frequent["problem"]) == (2, 0, None)
     assert is_png(tmp_path / "ruler.png")
+
+
+def test_empty_answers_to_ruler_are_no_score_unless_they_are_allowed(tnl_command, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(HarnessModel, "generate_until", lambda self, requests, **_: ["", "self"])
+    arguments = ["probe", "ruler", folder, "--tasks", "ruler_fwe", "--samples", "2", "--output", tmp_path]
+    code, out, err = tnl_command(*arguments)
+    assert code == EXIT_DATA
+    assert "ruler_fwe, 4,096 tokens: the answers to 1 of 2 prompts are empty" in out
+    assert "ruler_fwe: answers are empty; give --allow-empty" in err
+    (row,) = json.loads((tmp_path / "ruler.json").read_text())["rows"]
+    assert (row["empty_answers"], "score" in row) == (1, False)
+    assert tnl_command(*arguments, "--allow-empty")[0] == 0
+    (row,) = json.loads((tmp_path / "ruler.json").read_text())["rows"]
+    assert (row["empty_answers"], row["score"], row["problem"]) == (1, 0.0, None)
 
 
 def test_ruler_without_its_packages_says_what_to_install(tnl_command, folder, tmp_path, monkeypatch):

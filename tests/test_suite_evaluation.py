@@ -11,6 +11,7 @@ from tests.tiny_corpus import tiny_shards
 from tests.tiny_model import tiny_model
 from tests.tiny_run import rows, tiny_run, trajectory
 from tnl.errors import ConfigError, DataError
+from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.suite_command import load_suite
 from tnl.tools.report import read_metrics, report
 from tnl.training.pretrain import pretrain
@@ -88,6 +89,12 @@ def test_a_model_that_has_diverged_has_no_scores(shards, run):
     scores, problem = scores_or_problem(suite, SimpleNamespace(module=model))
     assert scores == {}
     assert "a perplexity is beyond all numbers" in problem
+
+
+def test_a_model_that_ends_at_once_answers_wrongly(shards, run, monkeypatch):
+    monkeypatch.setattr(HarnessModel, "generate_until", lambda self, requests, **_: [""] * len(requests))
+    scores = open_suite(tiny_run(shards, run, *QUICK)).evaluate(SimpleNamespace(module=tiny_model(vocab_size=340)))
+    assert scores["Repeat"] == 0.0
 
 
 def test_no_pass_holds_more_tokens_than_one_of_training(shards, run):

@@ -13,7 +13,7 @@ import datasets
 
 DOCUMENTS = 100
 CHOICES = 4
-VERSION = 1.0
+VERSION = 1.1
 NAMES = ["box", "key", "cup", "map", "hat", "pen", "bag", "jar", "net", "rod"]
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown"]
 # Modules that every Python of these years has. In some of them a module of another name holds the code of one of these.

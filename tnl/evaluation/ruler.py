@@ -14,6 +14,7 @@ from lm_eval.tasks import ruler as ruler_tasks
 from lm_eval.tasks.ruler.common_utils import get_tokenizer
 
 from tnl.errors import ConfigError, did_you_mean
+from tnl.evaluation.empty_answers import empty_answers
 from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.standard_error import standard_error
 
@@ -56,6 +57,8 @@ def ruler(
     samples: int,
     report: Callable[[dict], None] = lambda row: None,
     batch_tokens: int = 2**14,
+    *,
+    allow_empty: bool = False,
 ) -> list[dict]:
     """A row of figures for each task and length, or with the reason why it has none.
 
@@ -63,6 +66,7 @@ def ruler(
         names: of `NEEDS`.
         samples: of a task and length, at most 500.
         report: called with each row.
+        allow_empty: count an empty answer as a wrong one; else a row with one has no score.
     """
     adapter = HarnessModel(model, tokenizer, batch_tokens=batch_tokens)
     rows = []
@@ -74,7 +78,7 @@ def ruler(
                 row = {"task": name, "length": length, "problem": None}
                 loaded = _load(name, length, folder, row)
                 if loaded is not None:
-                    row |= _evaluate(adapter, *loaded, length, samples)
+                    row |= _evaluate(adapter, *loaded, length, samples, allow_empty)
                 rows.append(row)
                 report(row)
     get_tokenizer.cache_clear()
@@ -110,15 +114,17 @@ def _check_example(folder: str) -> None:
         raise ValueError(f"its example has {num_tokens} tokens by this tokenizer, which it does not let have over 470")
 
 
-def _evaluate(adapter: HarnessModel, task, manager: TaskManager, length: int, samples: int) -> dict:
+def _evaluate(adapter: HarnessModel, task, manager: TaskManager, length: int, samples: int, allow_empty: bool) -> dict:
+    truncations = adapter.counts.truncations
     results = lm_eval.simple_evaluate(
         adapter, tasks=[task], task_manager=manager, limit=samples, bootstrap_iters=0, log_samples=True
     )
     (logged,) = results["samples"].values()
+    empty = len(empty_answers(logged).documents)
+    row = {"samples": len(logged), "empty_answers": empty, "truncations": adapter.counts.truncations - truncations}
+    if empty and not allow_empty:
+        return row | {
+            "problem": f"the answers to {empty} of {len(logged)} prompts are empty; --allow-empty counts them"
+        }
     scores = [sample[str(length)] for sample in logged]
-    return {
-        "samples": len(scores),
-        "score": float(np.mean(scores)),
-        "score_stderr": standard_error(scores),
-        "truncations": adapter.counts.truncations,
-    }
+    return row | {"score": float(np.mean(scores)), "score_stderr": standard_error(scores)}

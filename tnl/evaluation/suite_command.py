@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tnl import config as configuration
-from tnl.errors import ConfigError, DataError, did_you_mean
+from tnl.errors import ConfigError, DataError, UserError, did_you_mean
 from tnl.evaluation.harness_package import check_harness
+from tnl.evaluation.rank_division import RankDivision
 from tnl.evaluation.sample_cache import SampleCache
 from tnl.evaluation.suite_settings import SuiteSettings
 
@@ -107,10 +108,16 @@ def evaluate_suite(
         if not options.allow_empty:
             del settings["allow_empty"]
         found = assemble(about_model(name, model), suite, settings, library.data, tasks, measured, speed)
+        failure = None
         if rank == 0:
-            write_report(found, options.output)
-            say(to_text(found))
-            say(f"report: {options.output / PAGE}")
+            try:
+                write_report(found, options.output)
+                say(to_text(found))
+                say(f"report: {options.output / PAGE}")
+            except UserError as error:
+                failure = error
+        # All end together: where one ends with an error, torchrun kills the one that still writes.
+        RankDivision().gather({}, failure)
     if measured.missing:
         raise DataError(
             f"{len(measured.missing)} of {len(wanted)} tasks were not measured, or not whole:\n"

@@ -96,6 +96,13 @@ def assemble(
         "settings": _listed(settings),
         "requests": ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in about.counts.items()),
     }
+    counted = [
+        f"{task} {len(found.documents):,} of {found.total:,}"
+        for task, found in measured.empty.items()
+        if task in tasks.allow_empty
+    ]
+    if counted:
+        facts["empty answers counted as wrong"] = ", ".join(counted)
     record = {
         "model": asdict(about),
         "settings": settings,
@@ -105,6 +112,9 @@ def assemble(
         "data": {task: {"sources": found, "digest": digest_of(found)} for task, found in data.sources.items()},
         "scores": {name: [asdict(score) for score in found] for name, found in measured.scores.items()},
         "details": [asdict(score) for score in measured.details],
+        "empty_answers": {
+            task: asdict(found) | {"allowed": task in tasks.allow_empty} for task, found in measured.empty.items()
+        },
         "losses": [asdict(loss) | {"bits": loss.bits, "perplexity": loss.perplexity} for loss in measured.losses],
     }
     limited = f", the first {settings['limit']} documents of each task" if "limit" in settings else ""

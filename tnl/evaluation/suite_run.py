@@ -13,6 +13,7 @@ import torch
 from lm_eval.api.task import Task
 
 from tnl.errors import ConfigError, DataError, NonFiniteError
+from tnl.evaluation.empty_answers import EmptyAnswers, empty_answers, group_reason
 from tnl.evaluation.harness_model import HarnessModel
 from tnl.evaluation.hub_programs import hub_programs
 from tnl.evaluation.request_tokens import RequestTokens
@@ -64,12 +65,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores by wanted name, those of all single tasks, the losses of texts, and by wanted name why it, or a part of
-    it, has no score."""
+    """Scores by wanted name, those of all single tasks, the losses of texts, the empty answers of tasks that have some,
+    and by wanted name why it, or a part of it, has no score."""
 
     scores: dict[str, list[Score]]
     details: list[Score]
     losses: list[TextLoss]
+    empty: dict[str, EmptyAnswers]
     missing: dict[str, str]
 
 
@@ -83,7 +85,6 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
     found, ways = Plan(), {}
     for each in wanted:
         found.selections[each.name] = library.select(each.name)
-        found.allow_empty |= {leaf.name for leaf in found.selections[each.name].leaves if each.allow_empty}
         for leaf in found.selections[each.name].leaves:
             if library.is_unsafe(leaf) and not confirm_unsafe:
                 raise ConfigError(
@@ -94,8 +95,10 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
             if ways.setdefault(leaf.name, changes) != changes:
                 raise ConfigError(
                     f"{leaf.name}: wanted in two ways ({ways[leaf.name] or 'as it is'}, {changes or 'as it is'}); give "
-                    "--few-shot if that is all, or measure them one by one"
+                    "--few-shot or --allow-empty if that is all, or measure them one by one"
                 )
+            if each.allow_empty:
+                found.allow_empty.add(leaf.name)
     for each in wanted:
         _build(library, each, found)
     return found
@@ -104,7 +107,9 @@ def plan(library: TaskLibrary, wanted: Sequence[Wanted], *, confirm_unsafe: bool
 def _changes(leaf: Leaf, wanted: Wanted) -> dict[str, Any]:
     """What is not as the task itself has it, but names."""
     changes = {key: value for key, value in leaf.changes.items() if not key.endswith("alias")}
-    return changes if wanted.num_fewshot is None else changes | {"num_fewshot": wanted.num_fewshot}
+    if wanted.num_fewshot is not None:
+        changes["num_fewshot"] = wanted.num_fewshot
+    return changes | {"allow_empty": True} if wanted.allow_empty else changes
 
 
 def _build(library: TaskLibrary, wanted: Wanted, found: Plan) -> None:
@@ -176,14 +181,16 @@ def measure(
     tokens = RequestTokens(model.tokenizer)
     single: dict[str, list[Score]] = {}
     losses: list[TextLoss] = []
-    empty: dict[str, str] = {}
+    empty: dict[str, EmptyAnswers] = {}
     for name, task in tasks.tasks.items():
         samples = results["samples"][name]
         if prompts is not None:
             write_prompts(prompts / f"{name}.jsonl", samples)
-        if name not in tasks.allow_empty and (reason := _empty_texts(task, samples)):
-            empty[name] = reason
-            continue
+        found = empty_answers(samples)
+        if found.documents:
+            empty[name] = found
+            if name not in tasks.allow_empty:
+                continue
         single[name] = task_scores(task, samples)
         of_texts = text_losses(name, samples, tokens)
         losses += of_texts
@@ -192,35 +199,17 @@ def measure(
         single[name] += [score for score in more if score.metric not in there]
     scores, missing = {}, dict(tasks.missing)
     for name, selection in tasks.selections.items():
-        reasons = [missing[name]] if name in missing else []
-        reasons += [empty[leaf.name] for leaf in selection.leaves if leaf.name in empty]
-        if reasons:
-            missing[name] = "; ".join(reasons)
+        refused = [leaf.name for leaf in selection.leaves if leaf.name in empty and leaf.name not in single]
+        if refused:
+            size = len(selection.leaves)
+            reason = group_reason(name, refused, size) if selection.is_group else empty[refused[0]].reason(refused[0])
+            missing[name] = f"{missing[name]}; {reason}" if name in missing else reason
         parts = [single[leaf.name] for leaf in selection.leaves if leaf.name in single]
         if parts:
             whole = group_scores(name, parts, selection.weights) if selection.is_group else parts[0]
             # A group of which no mean makes sense stands for its tasks.
             scores[name] = whole or [score for part in parts for score in part]
-    return Measured(scores, [score for found in single.values() for score in found], losses, missing)
-
-
-def _empty_texts(task: Task, samples: Sequence[dict[str, Any]]) -> str | None:
-    """What is wrong with the answers of a task where some are empty: the model ends at once, or the template or stop
-    texts do not fit it."""
-    # One sample for each filter, all of them of the same answers; a log-likelihood is no text.
-    documents = {sample["doc_id"]: [answer for answers in sample["resps"] for answer in answers] for sample in samples}
-    empty = sorted(
-        doc_id
-        for doc_id, answers in documents.items()
-        if any(isinstance(answer, str) and not answer.strip() for answer in answers)
-    )
-    if not empty:
-        return None
-    shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-    return (
-        f"{task.task_name}: the answers to {len(empty)} of {len(documents)} documents are empty (doc_id {shown}); see "
-        f"their prompts in {task.task_name}.jsonl, and give --allow-empty to count them as answers"
-    )
+    return Measured(scores, [score for found in single.values() for score in found], losses, empty, missing)
 
 
 def write_prompts(file: Path, samples: Sequence[dict[str, Any]]) -> None:
@@ -237,6 +226,9 @@ def write_prompts(file: Path, samples: Sequence[dict[str, Any]]) -> None:
         else:
             line["requests"] = [list(args) for args in arguments]
         line |= {"target": sample["target"], "answers": sample["filtered_resps"]}
+        texts = [answer for answers in sample["resps"] for answer in answers if isinstance(answer, str)]
+        if texts:  # before the filter
+            line["texts"] = texts
         line["scores"] = {metric: sample[metric] for metric in sample["metrics"]}
         lines.append(json.dumps(line, default=_plain))
     write_atomically(file, "".join(f"{line}\n" for line in lines))

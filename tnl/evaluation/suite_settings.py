@@ -61,10 +61,14 @@ class SuiteSettings(Settings):
             for column in dict.fromkeys(columns)
             if columns.count(column) > 1
         ]
-        shots: dict[str, int] = {}
+        firsts: dict[str, SuiteTask] = {}
         for task in self.tasks:
-            if shots.setdefault(task.task, task.num_fewshot) != task.num_fewshot:
-                problems.append(f"tasks: {task.task} has two values of num_fewshot, give one")
+            first = firsts.setdefault(task.task, task)
+            problems += [
+                f"tasks: {task.task} has two values of {key}, give one"
+                for key in ("num_fewshot", "allow_empty")
+                if getattr(first, key) != getattr(task, key)
+            ]
         filled = [task.column for task in self.tasks]
         for average in self.averages:
             problems += [

@@ -182,8 +182,8 @@ def measure_accuracy(model, shape: ChoiceShape, batch_tokens: int) -> dict:
         adapters = _adapters(model, shape, batch_tokens, **softmax_dtypes)
         return {name: _scores(adapter, requests) for name, adapter in adapters.items()}
 
-    model.float()
     try:
+        model.float()
         found = scores(hf=None, exact=torch.float64)
     finally:
         model.to(dtype)  # what they were, bit for bit

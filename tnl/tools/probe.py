@@ -15,7 +15,7 @@ from tnl_kernels.record import environment
 from tqdm import tqdm
 
 from tnl.config import read_yaml
-from tnl.errors import CannotWriteError, ConfigError
+from tnl.errors import CannotWriteError, ConfigError, DataError
 from tnl.evaluation.harness_package import check_harness
 from tnl.evaluation.haystack import start_ids, text_ids
 from tnl.evaluation.position_loss import position_loss
@@ -146,7 +146,8 @@ def probe_lengths(name: str, *, lengths: Sequence[int], output: Path, report: Re
     rows = []
     for length in lengths:
         ids = draw.integers(3, model.config.vocab_size, (1, 1 + length))
-        position_loss(model, ids[:, : 1 + 2 * PIECE_TOKENS], 1)  # compiles; two pieces are all that there are kinds of
+        # Compiles: a first piece, one behind a state, and the last, which may be a single token.
+        position_loss(model, ids[:, : 1 + 2 * PIECE_TOKENS + length % PIECE_TOKENS], 1)
         start_peak(model.device)
         synchronize(model.device)
         began = time.perf_counter()
@@ -169,12 +170,23 @@ def probe_lengths(name: str, *, lengths: Sequence[int], output: Path, report: Re
 
 
 def probe_ruler(
-    name: str, *, tasks: Sequence[str], lengths: Sequence[int], samples: int, output: Path, report: Report = print
+    name: str,
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    output: Path,
+    allow_empty: bool = False,
+    report: Report = print,
 ) -> dict:
     """RULER's tasks; those whose data cannot be had here are named with what they need, the others run.
 
+    Args:
+        allow_empty: count an empty answer as a wrong one.
+
     Raises:
         ConfigError: no such task or length, no lm-eval, or no task at all could run.
+        DataError: answers are empty; raised when all is written.
         CannotWriteError: as `probe_retrieval`.
     """
     check_harness()
@@ -188,7 +200,7 @@ def probe_ruler(
         error = f" +- {row['score_stderr']:.1%}" if row.get("score_stderr") is not None else ""
         report(f"{row['task']}, {row['length']:,} tokens: {row['problem'] or format(row['score'], '.1%') + error}")
 
-    rows = ruler(model, tokenizer, tasks, lengths, samples, show)
+    rows = ruler(model, tokenizer, tasks, lengths, samples, show, allow_empty=allow_empty)
     result = _described(name, model, {"tasks": list(tasks), "lengths": list(lengths)}) | {"rows": rows}
     scores = np.array([row.get("score", np.nan) for row in rows]).reshape(len(tasks), len(lengths))
     columns, labels = [f"{length:,}" for length in lengths], ("task", "tokens of the prompt")
@@ -198,9 +210,13 @@ def probe_ruler(
         result,
         lambda path: draw_grids([("score", scores)], tasks, columns, labels, f"RULER: {name}", path),
     )
+    report(f"wrote {output / 'ruler'}.json and .png")
+    refused = [row for row in rows if row.get("empty_answers") and row["problem"]]
+    if refused:
+        names = ", ".join(dict.fromkeys(row["task"] for row in refused))
+        raise DataError(f"{names}: answers are empty; give --allow-empty to count them as wrong")
     if not np.isfinite(scores).any():
         raise ConfigError("--tasks: none of them could run; see the reasons above")
-    report(f"wrote {output / 'ruler'}.json and .png")
     return result
 
 

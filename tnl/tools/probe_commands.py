@@ -145,8 +145,14 @@ def ruler(
     lengths: Lengths = "4096",
     samples: Annotated[int, typer.Option(help="Prompts of each task and length.", min=1, max=500)] = 100,
     output: Output = Path("probe"),
+    allow_empty: Annotated[
+        bool,
+        typer.Option("--allow-empty", help="Count empty texts as wrong answers; else a task with one is not scored."),
+    ] = False,
 ) -> None:
     """RULER by lm-eval. A task whose data is not here is named with what it needs; the others run.
+
+    Exit code 65: answers of the model are empty.
 
     Example:
 
@@ -160,4 +166,4 @@ def ruler(
     from tnl.tools.probe import probe_ruler as run
 
     names = [name.strip() for name in tasks.split(",")] if tasks else list(NEEDS)
-    run(model, tasks=names, lengths=sizes, samples=samples, output=output)
+    run(model, tasks=names, lengths=sizes, samples=samples, output=output, allow_empty=allow_empty)

@@ -22,7 +22,7 @@ SCORES = "scores.json"
 NORMAL_95 = 1.96
 MEAN = "mean over tasks"
 # What a model said and how that was scored; the rest of a line is what it was asked.
-ANSWERED = ("answers", "scores")
+ANSWERED = ("answers", "texts", "scores")
 
 
 @dataclass(frozen=True)
