@@ -31,7 +31,7 @@ def result(folder, tasks: dict[str, list[dict]], better: bool | None = True):
 
 
 def answers(values) -> list[dict]:
-    return [sample(i, {"acc": float(value)}) for i, value in enumerate(values)]
+    return [sample(i, {"acc": float(value)}, texts=[f"{value} "]) for i, value in enumerate(values)]
 
 
 def test_differences_are_paired(tmp_path):
