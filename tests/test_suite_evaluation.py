@@ -93,8 +93,9 @@ def test_a_model_that_has_diverged_has_no_scores(shards, run):
 
 def test_a_model_that_ends_at_once_answers_wrongly(shards, run, monkeypatch):
     monkeypatch.setattr(HarnessModel, "generate_until", lambda self, requests, **_: [""] * len(requests))
-    scores = open_suite(tiny_run(shards, run, *QUICK)).evaluate(SimpleNamespace(module=tiny_model(vocab_size=340)))
-    assert scores["Repeat"] == 0.0
+    suite = open_suite(tiny_run(shards, run, "evaluation.tasks=[tnl_repeat]", "evaluation.limit=4"))
+    scores = suite.evaluate(SimpleNamespace(module=tiny_model(vocab_size=340)))
+    assert scores["tnl_repeat exact_match"] == 0.0
 
 
 def test_no_pass_holds_more_tokens_than_one_of_training(shards, run):
